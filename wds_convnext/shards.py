@@ -1,0 +1,244 @@
+"""Which shards there are: specs on the command line, and the manifest beside the shards.
+
+A manifest `train.json` stands beside `train-000.tar`, `train-001.tar`, … in the shape that the
+wids package reads, plus sizes, checksums and class names. It is written last, so its presence
+means that every shard it lists is complete.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import braceexpand
+import numpy as np
+
+from wds_convnext.errors import ShardError, did_you_mean
+
+MANIFEST_FORMAT = "wds_convnext 1"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of samples. `num_bytes` and `sha256` are None where no manifest states them."""
+
+    path: str
+    num_samples: int
+    num_bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one split, in order, and the names of the classes their labels count."""
+
+    dataset: str
+    split: str
+    shards: tuple[Shard, ...]
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Samples per shard, int64 (num_shards,)."""
+        return np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.sizes.sum())
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the samples and their order: shard names, sizes and checksums."""
+        facts = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in self.shards]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `{split}.json` holds; `shards` paths are made absolute or relative to the caller."""
+
+    dataset: str
+    split: str
+    shards: tuple[Shard, ...]
+    class_names: tuple[str, ...]
+    source: tuple[str, ...] = ()
+    options: dict = field(default_factory=dict)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write the manifest beside its shards, atomically."""
+        shardlist = [
+            {
+                "url": shard.name,
+                "nsamples": shard.num_samples,
+                "filesize": shard.num_bytes,
+                "sha256": shard.sha256,
+            }
+            for shard in self.shards
+        ]
+        content = {
+            "wids_version": 1,
+            "format": MANIFEST_FORMAT,
+            "name": self.dataset,
+            "split": self.split,
+            "class_names": list(self.class_names),
+            "source": list(self.source),
+            "options": self.options,
+            "shardlist": shardlist,
+        }
+        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def read_manifest(path: str | os.PathLike) -> Manifest:
+    """Read a manifest; its shards' paths are joined to its folder.
+
+    Raises:
+        ShardError: if it is missing, not a manifest, or written by a newer version.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        shards = tuple(
+            Shard(
+                os.path.join(os.path.dirname(path), entry["url"]),
+                int(entry["nsamples"]),
+                entry.get("filesize"),
+                entry.get("sha256"),
+            )
+            for entry in content["shardlist"]
+        )
+        return Manifest(
+            dataset=content.get("name", ""),
+            split=content.get("split", Path(path).stem),
+            shards=shards,
+            class_names=tuple(content["class_names"]),
+            source=tuple(content.get("source", ())),
+            options=content.get("options", {}),
+        )
+    except FileNotFoundError:
+        raise ShardError(f"{path}: no such manifest. Run make shards.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ShardError(
+            f"{path}: not a manifest of shards ({type(error).__name__}: {error}). "
+            "Write it again with make shards."
+        ) from None
+
+
+def manifest_path(shard_path: str | os.PathLike) -> str:
+    """Where the manifest of a shard stands: `data/train-000.tar` -> `data/train.json`."""
+    folder, name = os.path.split(shard_path)
+    return os.path.join(folder, split_of(name) + ".json")
+
+
+def split_of(shard_name: str) -> str:
+    """The split in a shard's name: `train-000.tar` -> `train`."""
+    stem = os.path.basename(shard_name).removesuffix(".tar")
+    return re.sub(r"[-_]?\d+$", "", stem) or stem
+
+
+def expand_spec(spec: str) -> list[str]:
+    """The shard files that a spec names, in order.
+
+    A spec is `data/train-<000..012>.tar`, the brace form `{000..012}`, a glob, a folder,
+    a manifest, one file, or a comma list of these.
+
+    Raises:
+        ShardError: if a range has missing files (they are named), or nothing matches.
+    """
+    paths = []
+    for part in filter(None, (part.strip() for part in re.split(r",(?![^{]*\})", spec))):
+        paths += _expand_part(local_path(part))
+    if not paths:
+        raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
+    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(paths) < 10_000 else []
+    if twice:
+        raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
+    return paths
+
+
+def _expand_part(part: str) -> list[str]:
+    braces = re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
+    if braces.endswith(".json"):
+        return [shard.path for shard in read_manifest(braces).shards]
+    if os.path.isdir(braces):
+        found = sorted(str(path) for path in Path(braces).glob("*.tar"))
+        splits = sorted({split_of(path) for path in found})
+        if len(splits) > 1:
+            raise ShardError(
+                f"{part}: the folder holds the splits {', '.join(splits)}. "
+                f"Name one, for example {os.path.join(part, splits[0])}.json."
+            )
+        return found or _nothing(part)
+    if "{" in braces:
+        names = list(braceexpand.braceexpand(braces))
+        missing = [name for name in names if not os.path.isfile(name)]
+        if len(missing) == len(names):
+            return _nothing(part)
+        if missing:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            raise ShardError(
+                f"{part}: {len(missing)} of {len(names)} shards are missing: {shown}. "
+                "Correct the range, or write them with make shards."
+            )
+        return names
+    if os.path.isfile(braces):
+        return [braces]
+    if re.search(r"[*?\[]", braces):
+        anchor = Path(braces).anchor or "."
+        found = sorted(str(path) for path in Path(anchor).glob(braces.removeprefix(anchor)))
+        return found or _nothing(part)
+    return _nothing(part)
+
+
+def _nothing(part: str) -> list[str]:
+    folder = os.path.dirname(re.split(r"[<{*?\[]", part)[0]) or "."
+    if not os.path.isdir(folder):
+        raise ShardError(
+            f"{part}: no shard matches: there is no folder {folder}. Run make shards first."
+        )
+    here = sorted(str(path) for path in Path(folder).rglob("*.tar"))
+    hint = did_you_mean(part, here) or (f" There is {here[0]}." if here else "")
+    raise ShardError(f"{part}: no shard matches.{hint} Run make shards to write shards.")
+
+
+def local_path(url: str) -> str:
+    """The local file behind a shard's URL: the one place through which every shard is reached.
+
+    Raises:
+        ShardError: for remote URLs, which are not read yet, and for `pipe:`, which never is.
+    """
+    scheme = re.match(r"([a-z][a-z0-9+]*)://|(pipe):", url)
+    if not scheme or scheme[1] == "file":
+        return url.removeprefix("file://")
+    if scheme[2]:
+        raise ShardError(f"{url}: pipes run a shell, so they are not read. Name files.")
+    raise ShardError(f"{url}: {scheme[1]} shards cannot be read. Copy them to a local folder.")
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file so that it is either whole or as it was: temp file, fsync, rename."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path)
+
+
+def sync_folder(path: str | os.PathLike) -> None:
+    """Make a rename in the folder of `path` survive a power cut."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

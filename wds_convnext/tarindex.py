@@ -1,0 +1,193 @@
+"""Where each sample stands in its tar file: walking tars, sidecars, offsets.
+
+A shard's sidecar `train-000.idx` is in the format of DALI's wds2idx: a line `v1.2 N`, then for
+each sample `ext offset size name` per member. Where none is found, one walk over the tar's
+headers takes its place.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wds_convnext.errors import ShardError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+LABEL_EXTENSIONS = ("cls", "json")
+_SIDECAR_VERSION = "v1.2"
+BLOCK = 512  # bytes; a member is a header of one block, then its data padded to whole blocks
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar: where its data starts and how many bytes it has."""
+
+    name: str
+    offset: int
+    num_bytes: int
+
+    @property
+    def key(self) -> str:
+        """The sample it belongs to: its name up to the first dot of the base name."""
+        folder, base = os.path.split(self.name)
+        return os.path.join(folder, base.split(".", 1)[0])
+
+    @property
+    def extension(self) -> str:
+        return os.path.basename(self.name).partition(".")[2].lower()
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Offsets and sizes of the samples of one shard; numpy arrays, 24 bytes per sample."""
+
+    image_offset: np.ndarray  # int64 (N,)
+    image_bytes: np.ndarray  # int32 (N,)
+    label_offset: np.ndarray  # int64 (N,)
+    label_bytes: np.ndarray  # int32 (N,)
+    label_extension: str
+
+    def __len__(self) -> int:
+        return len(self.image_offset)
+
+    def __post_init__(self):
+        for array in (self.image_offset, self.image_bytes, self.label_offset, self.label_bytes):
+            array.flags.writeable = False
+
+
+def walk_tar(path: str) -> Iterator[list[Member]]:
+    """The members of each sample of a tar, in order.
+
+    Raises:
+        ShardError: if the tar is cut short or damaged, or a key comes back after another.
+    """
+    seen, sample = set(), []
+    for member in _members(path):
+        if sample and member.key != sample[0].key:
+            yield sample
+            sample = []
+        if not sample:
+            if member.key in seen:
+                raise ShardError(
+                    f"{path}: the key {member.key} comes twice. Keys must be unique in a shard, "
+                    "and the members of a sample must stand together."
+                )
+            seen.add(member.key)
+        sample.append(member)
+    if sample:
+        yield sample
+
+
+def _members(path: str) -> Iterator[Member]:
+    size = os.path.getsize(path)
+    end = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
+                if end > size:
+                    break
+                if info.isfile():
+                    yield Member(info.name, info.offset_data, info.size)
+    except (tarfile.TarError, OSError) as error:
+        raise ShardError(f"{path}: not a readable tar file ({error}).") from None
+    # tarfile takes a damaged header, like the end of the file, for the end of the archive.
+    with open(path, "rb") as file:
+        file.seek(end)
+        rest = file.read(2 * BLOCK)
+    if end > size or len(rest) < BLOCK:
+        raise ShardError(
+            f"{path}: cut short at byte {size:,}: the end-of-archive mark is missing. "
+            "Copy or write the shard again."
+        )
+    if any(rest):
+        raise ShardError(f"{path}: damaged: no member header at byte {end:,}. Write it again.")
+
+
+def sidecar_path(shard_path: str | os.PathLike) -> str:
+    """Where the offsets of a shard stand: `train-000.tar` -> `train-000.idx`."""
+    return str(shard_path).removesuffix(".tar") + ".idx"
+
+
+def format_sidecar(samples: list[list[Member]]) -> bytes:
+    """The text of a sidecar. Whitespace in names, which the format cannot hold, becomes `_`."""
+    lines = [f"{_SIDECAR_VERSION} {len(samples)}"]
+    lines += [
+        " ".join(
+            f"{m.extension} {m.offset} {m.num_bytes} {'_'.join(m.name.split())}" for m in sample
+        )
+        for sample in samples
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def read_sidecar(path: str | os.PathLike) -> list[list[Member]]:
+    """The members of each sample, as a sidecar states them.
+
+    Raises:
+        ShardError: if it is not a whole sidecar of version 1.2.
+    """
+    try:
+        head, *lines = Path(path).read_text(encoding="utf-8").splitlines()
+        version, num_samples = head.split()
+        samples = [_parse_sidecar_line(line.split()) for line in lines]
+        if version != _SIDECAR_VERSION or len(samples) != int(num_samples):
+            raise ValueError(f"{head!r} before {len(samples)} samples")
+    except ValueError as error:
+        raise ShardError(
+            f"{path}: not a whole sidecar of version {_SIDECAR_VERSION} ({error}). "
+            "Delete it (it is then made from the tar), or write the shards again."
+        ) from None
+    return samples
+
+
+def _parse_sidecar_line(fields: list[str]) -> list[Member]:
+    if not fields or len(fields) % 4:
+        raise ValueError(f"{len(fields)} fields in a line, not 4 per member")
+    return [
+        Member(fields[i + 3], int(fields[i + 1]), int(fields[i + 2]))
+        for i in range(0, len(fields), 4)
+    ]
+
+
+def index_samples(path: str, samples: list[list[Member]]) -> TarIndex:
+    """The index of a shard's images and labels, from the members of each of its samples.
+
+    Raises:
+        ShardError: if a sample has no image or no label.
+    """
+    images, labels = [], []
+    for members in samples:
+        by_extension = {member.extension: member for member in members}
+        image = next((by_extension[e] for e in IMAGE_EXTENSIONS if e in by_extension), None)
+        label = next((by_extension[e] for e in LABEL_EXTENSIONS if e in by_extension), None)
+        if image is None or label is None:
+            expected = "image" if image is None else ".cls or .json label"
+            raise ShardError(
+                f"{path}, key {members[0].key}: no {expected} "
+                f"(found {', '.join('.' + e for e in by_extension)}). "
+                "Training needs an image and a label in every sample."
+            )
+        images.append((image.offset, image.num_bytes))
+        labels.append((label.offset, label.num_bytes, label.extension))
+    extensions = {label[2] for label in labels}
+    if len(extensions) > 1:
+        raise ShardError(f"{path}: labels in both .cls and .json. Use one of them throughout.")
+    image_table = np.array(images, dtype=np.int64).reshape(-1, 2)
+    label_table = np.array([label[:2] for label in labels], dtype=np.int64).reshape(-1, 2)
+    return TarIndex(
+        image_table[:, 0].copy(),
+        image_table[:, 1].astype(np.int32),
+        label_table[:, 0].copy(),
+        label_table[:, 1].astype(np.int32),
+        extensions.pop() if extensions else "cls",
+    )
+
+
+def read_samples(path: str) -> list[list[Member]]:
+    """The members of each sample of a shard: from its sidecar, else by walking the tar."""
+    sidecar = sidecar_path(path)
+    return read_sidecar(sidecar) if os.path.isfile(sidecar) else list(walk_tar(path))
