@@ -1,0 +1,65 @@
+# make demo: everything, offline, on a small real data set.   make test: the test suite.
+# make data, make shards: mini-imagenet (7 GB) and its tar shards.   make help: the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+UV_VERSION := 0.13.9
+
+SRC ?= mini-imagenet
+OUT ?= data
+SHARDS_OPTIONS ?=
+
+.PHONY: help install demo test test-quick lint data shards clean
+
+help:
+	@echo "make demo        convert, train and evaluate on a small real data set, offline"
+	@echo "make test        all tests (make test-quick: those that take a moment)"
+	@echo "make data        download timm/mini-imagenet (7 GB)"
+	@echo "make shards      parquet files in SRC=$(SRC) to tar shards in OUT=$(OUT)"
+	@echo "make lint        lint and format checks"
+	@echo "make clean       delete the demo's folder"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  "Python %d.%d found, 3.11 or newer needed. Name one: make PYTHON=python3.11" % v[:2])'
+	@echo "Installing into $(VENV) (once; torch is large, so this takes a while)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-dev.txt --editable .
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/python tools/make_sample.py demo/digits
+	@$(MAKE) --no-print-directory shards SRC=demo/digits OUT=demo/data
+	$(BIN)/wds-convnext train --recipe digits --shards 'demo/data/train-<000..002>.tar' \
+	  --out demo/run --overwrite
+	$(BIN)/wds-convnext eval --checkpoint demo/run --shards 'demo/data/test-<000..001>.tar'
+	@echo
+	@echo "The accuracy above is on the test split, which training never saw."
+	@echo "The run is in demo/run. Its curves: $(BIN)/tensorboard --logdir demo/run"
+	@echo "The article's run on mini-imagenet (7 GB; wants a GPU):"
+	@echo "  make data && make shards"
+	@echo "  $(BIN)/wds-convnext train --shards 'data/train-<000..012>.tar'"
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+test-quick: $(INSTALLED)
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+data: $(INSTALLED)
+	@$(BIN)/python tools/download_data.py
+
+shards: $(INSTALLED)
+	$(BIN)/python tools/make_shards.py $(SRC) --out $(OUT) $(SHARDS_OPTIONS)
+
+clean:
+	rm -rf demo

@@ -1,0 +1,6 @@
+"""Convert parquet files to tar shards: `wds-convnext shards`, from a checkout."""
+
+from wds_convnext.cli import main
+
+if __name__ == "__main__":
+    main(["shards"])
