@@ -5,10 +5,12 @@ every time, so an offset that no longer fits is an error, never another image. A
 sample costs about 17 us; iterating over a tar costs 107-141 us.
 """
 
+import glob
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.shards import (
@@ -18,6 +20,7 @@ from wds_convnext.shards import (
     manifest_path,
     read_manifest,
     split_of,
+    staging_path,
 )
 from wds_convnext.tarindex import (
     BLOCK,
@@ -52,6 +55,7 @@ class SampleReader:
         self.num_opened = 0
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
+        self._members_of = lru_cache(maxsize=64)(read_samples)
 
     def read(self, shard: int, sample: int) -> tuple[bytes, int]:
         """The encoded image and the label of one sample.
@@ -82,10 +86,17 @@ class SampleReader:
         label = int(index.label_offset[sample]), int(index.label_bytes[sample])
         return self._parse_label(self._read_member(shard, label), shard, sample)
 
+    def read_raw(self, shard: int, sample: int) -> dict:
+        """A sample as webdataset's dict: `__key__`, `__url__`, and bytes per extension."""
+        path = self.shards[shard].path
+        members = self._members_of(path)[sample]
+        data = {m.extension: self._read_member(shard, (m.offset, m.num_bytes)) for m in members}
+        return {"__key__": members[0].key, "__url__": path, **data}
+
     def describe(self, shard: int, sample: int) -> dict:
         """Shard, key and byte offset of a sample's image, for messages and reports."""
         path = self.shards[shard].path
-        members = read_samples(path)[sample]
+        members = self._members_of(path)[sample]
         image = next(m for m in members if m.extension in IMAGE_EXTENSIONS)
         return {"shard": path, "key": image.key, "offset": image.offset}
 
@@ -207,10 +218,26 @@ def open_shards(spec: str, *, progress: Callable = iter) -> ShardSet:
     if all(os.path.isfile(path) for path in beside):
         shard_set = _from_manifests(paths, list(beside))
     else:
+        for path in beside:
+            if os.path.isdir(staging_path(path)) and not os.path.isfile(path):
+                raise ShardError(
+                    f"{staging_path(path)}: the conversion was interrupted, so shards may be "
+                    "missing. Run the same make shards again: it goes on where it stopped."
+                )
         shard_set = _survey(paths, progress)
     if shard_set.num_samples == 0:
         raise ShardError(f"{spec}: the shards hold no samples.")
     return shard_set
+
+
+def find_validation(train_set: ShardSet) -> str | None:
+    """A spec of the validation shards beside training shards, by name; None if there are none."""
+    folder = os.path.dirname(train_set.shards[0].path)
+    for split in ("validation", "val"):
+        for pattern in (f"{split}.json", f"{split}-*.tar"):
+            if glob.glob(os.path.join(glob.escape(folder), pattern)):
+                return os.path.join(folder, pattern)
+    return None
 
 
 def _from_manifests(paths: list[str], manifest_paths: list[str]) -> ShardSet:

@@ -139,6 +139,11 @@ def manifest_path(shard_path: str | os.PathLike) -> str:
     return os.path.join(folder, split_of(name) + ".json")
 
 
+def staging_path(manifest_path: str | os.PathLike) -> str:
+    """Where the shards of a manifest stand until all are complete: `data/train.partial`."""
+    return str(manifest_path).removesuffix(".json") + ".partial"
+
+
 def split_of(shard_name: str) -> str:
     """The split in a shard's name: `train-000.tar` -> `train`."""
     stem = os.path.basename(shard_name).removesuffix(".tar")

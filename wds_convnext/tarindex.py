@@ -7,7 +7,7 @@ headers takes its place.
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,14 +114,18 @@ def sidecar_path(shard_path: str | os.PathLike) -> str:
 
 def format_sidecar(samples: list[list[Member]]) -> bytes:
     """The text of a sidecar. Whitespace in names, which the format cannot hold, becomes `_`."""
-    lines = [f"{_SIDECAR_VERSION} {len(samples)}"]
-    lines += [
-        " ".join(
-            f"{m.extension} {m.offset} {m.num_bytes} {'_'.join(m.name.split())}" for m in sample
-        )
-        for sample in samples
-    ]
-    return ("\n".join(lines) + "\n").encode()
+    return sidecar_head(len(samples)) + b"".join(map(format_sidecar_line, samples))
+
+
+def sidecar_head(num_samples: int) -> bytes:
+    """The first line of a sidecar."""
+    return f"{_SIDECAR_VERSION} {num_samples}\n".encode()
+
+
+def format_sidecar_line(sample: Iterable[Member]) -> bytes:
+    """The line of one sample in a sidecar."""
+    members = (f"{m.extension} {m.offset} {m.num_bytes} {'_'.join(m.name.split())}" for m in sample)
+    return " ".join(members).encode() + b"\n"
 
 
 def read_sidecar(path: str | os.PathLike) -> list[list[Member]]:

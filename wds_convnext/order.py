@@ -1,0 +1,215 @@
+"""Which sample stands at which position of the stream. Pure arithmetic: opens no file.
+
+N is the number of samples, G the global batch size. The training stream is endless: epoch 0's
+permutation, then epoch 1's, and so on. Step k takes the positions k*G ... (k+1)*G - 1, so each
+sample comes exactly once per epoch, no batch is short, and a batch may straddle two epochs.
+
+A shuffle buffer of at least N gives one uniform permutation of all samples. A smaller one keeps
+reads local: the shards, permuted, are laid end to end and cut into lanes, interleaved round-robin;
+within a lane each output position depends on two overlapping windows of buffer / lanes samples
+(the second half a window further on, so that samples cross the borders of the first). It is the
+shuffle buffer made seekable: any position is reached without visiting those before it.
+
+State: 16 bytes per shard and epoch. A billion samples in 100,000 shards are 1.6 MB.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from wds_convnext.errors import UsageError
+from wds_convnext.rng import derive_key, permute, subkeys
+
+NUM_LANES = 32  # divides the usual batch sizes and numbers of ranks; files open at a time
+
+
+class SampleRefs(NamedTuple):
+    """References to the samples of a batch; int64 arrays of one length."""
+
+    shard: np.ndarray  # number of the shard in its set
+    sample: np.ndarray  # number of the sample in its shard
+    number: np.ndarray  # number of the sample in the whole set
+    epoch: np.ndarray
+    is_real: np.ndarray  # bool; False for the padding of a last evaluation batch
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def take(self, index) -> "SampleRefs":
+        return SampleRefs(*(column[index] for column in self))
+
+
+class _ShardMap:
+    """Turns sample numbers of the whole set into (shard, sample in shard)."""
+
+    def __init__(self, sizes: np.ndarray):
+        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    def locate(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # side="right" passes over empty shards
+        shard = np.searchsorted(self.starts, number, side="right") - 1
+        return shard, number - self.starts[shard]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainOrder:
+    """The endless order of a training run.
+
+    Args:
+        sizes: samples per shard, int64 (num_shards,).
+        seed: of the order.
+        global_batch_size: samples per optimizer step over all ranks and accumulated batches.
+        shuffle_buffer: references shuffled together; at least the number of samples for a
+            uniform permutation, 1 for shards in a random order, each read in its stored order.
+        num_lanes: shards read side by side when the buffer is smaller than the data set.
+    """
+
+    sizes: np.ndarray
+    seed: int
+    global_batch_size: int
+    shuffle_buffer: int
+    num_lanes: int = NUM_LANES
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise UsageError("The shards hold no samples, so there is no order to make.")
+        if self.global_batch_size < 1 or self.shuffle_buffer < 1 or self.num_lanes < 1:
+            raise UsageError("Batch size, shuffle buffer and lanes must be at least 1.")
+
+    @cached_property
+    def num_samples(self) -> int:
+        return int(np.sum(self.sizes))
+
+    def num_steps(self, num_epochs: int) -> int:
+        """Steps of a run of so many epochs; the last batch takes from the epoch after."""
+        return -(-num_epochs * self.num_samples // self.global_batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch in which a step begins. Step k ends its epoch if step k+1 begins another."""
+        return step * self.global_batch_size // self.num_samples
+
+    def steps_of(self, epoch: int) -> range:
+        """The steps that begin in an epoch; none if a batch spans several epochs."""
+        first = self.num_steps(epoch)
+        return range(first, self.num_steps(epoch + 1))
+
+    def at(self, positions: np.ndarray) -> tuple[SampleRefs, np.ndarray]:
+        """The samples at positions of the stream (int64, any order), and their lanes."""
+        epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
+        number, lane = np.empty_like(offsets), np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            number[here], lane[here] = self._epoch(int(epoch))(offsets[here])
+        shard, sample = self._shard_map.locate(number)
+        return SampleRefs(shard, sample, number, epochs, np.ones(len(number), bool)), lane
+
+    def global_batch(self, step: int) -> SampleRefs:
+        """The samples of one step for all ranks together, sorted by lane (stable)."""
+        first = step * self.global_batch_size
+        refs, lane = self.at(np.arange(first, first + self.global_batch_size))
+        return refs.take(np.argsort(lane, kind="stable"))
+
+    def micro_batch(self, index: int, *, batch_size: int, rank: int, world_size: int) -> SampleRefs:
+        """The index-th batch that one rank loads: each step is G / (batch x ranks) of them.
+
+        Raises:
+            UsageError: if batch size times ranks does not divide the global batch size.
+        """
+        accumulate, rest = divmod(self.global_batch_size, batch_size * world_size)
+        if rest:
+            raise UsageError(
+                f"A global batch of {self.global_batch_size} cannot be made of batches of "
+                f"{batch_size} on {world_size} ranks. Their product must divide it."
+            )
+        step, micro = divmod(index, accumulate)
+        first = (rank * accumulate + micro) * batch_size
+        return _cached_global_batch(self, step).take(slice(first, first + batch_size))
+
+    def sample_keys(self, refs: SampleRefs) -> np.ndarray:
+        """A uint64 key per reference, for the draws of its augmentation: (seed, epoch, sample)."""
+        key = derive_key(self.seed, "augment")
+        return subkeys(key, subkeys(key, refs.number) + refs.epoch.astype(np.uint64))
+
+    @cached_property
+    def _shard_map(self) -> _ShardMap:
+        return _ShardMap(self.sizes)
+
+    def _epoch(self, epoch: int) -> "_Uniform | _Windowed":
+        return _cached_epoch(self, epoch)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalOrder:
+    """Every sample once, in stored order; ranks take the same number of batches."""
+
+    sizes: np.ndarray
+
+    def num_micro_batches(self, *, batch_size: int, world_size: int) -> int:
+        return -(-int(np.sum(self.sizes)) // (batch_size * world_size))
+
+    def micro_batch(self, index: int, *, batch_size: int, rank: int, world_size: int) -> SampleRefs:
+        """As in training, but the last batches are filled with references that are not real."""
+        num_samples = int(np.sum(self.sizes))
+        first = (index * world_size + rank) * batch_size
+        position = np.arange(first, first + batch_size)
+        number = np.minimum(position, num_samples - 1)
+        shard, sample = _ShardMap(self.sizes).locate(number)
+        return SampleRefs(shard, sample, number, np.zeros_like(number), position < num_samples)
+
+
+@lru_cache(maxsize=4)
+def _cached_global_batch(order: TrainOrder, step: int) -> SampleRefs:
+    return order.global_batch(step)
+
+
+@lru_cache(maxsize=4)
+def _cached_epoch(order: TrainOrder, epoch: int) -> "_Uniform | _Windowed":
+    key = derive_key(order.seed, "epoch", epoch)
+    if order.shuffle_buffer >= order.num_samples:
+        return _Uniform(order.num_samples, key)
+    return _Windowed(order.sizes, order.shuffle_buffer, order.num_lanes, key)
+
+
+class _Uniform:
+    """One permutation of all samples; a single lane."""
+
+    def __init__(self, num_samples: int, key: int):
+        self.num_samples, self.key = num_samples, key
+
+    def __call__(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return permute(offsets, self.num_samples, self.key), np.zeros_like(offsets)
+
+
+class _Windowed:
+    """Permuted shards end to end, cut into lanes; each lane shuffled in overlapping windows."""
+
+    def __init__(self, sizes: np.ndarray, shuffle_buffer: int, num_lanes: int, key: int):
+        self.num_samples = int(np.sum(sizes))
+        self.num_lanes = min(num_lanes, self.num_samples)
+        self.window = max(1, shuffle_buffer // self.num_lanes)
+        self.key = key
+        self.shard_order = permute(np.arange(len(sizes)), len(sizes), derive_key(key, "shards"))
+        self.laid = _ShardMap(np.asarray(sizes)[self.shard_order])
+        self.starts = _ShardMap(sizes).starts
+
+    def __call__(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers and lanes at offsets within the epoch."""
+        length, longer = divmod(self.num_samples, self.num_lanes)
+        index, lane = np.divmod(offsets, self.num_lanes)
+        lane_length = length + (lane < longer)
+        index = self._shuffle(index, lane, lane_length, shift=self.window // 2)
+        index = self._shuffle(index, lane, lane_length, shift=0)
+        laid_at = lane * length + np.minimum(lane, longer) + index
+        shard, sample = self.laid.locate(laid_at)
+        return self.starts[self.shard_order[shard]] + sample, lane
+
+    def _shuffle(self, index, lane, lane_length, *, shift: int):
+        """Permute within windows of a lane; the first window is shortened by `shift`."""
+        window = (index + shift) // self.window
+        first = np.maximum(window * self.window - shift, 0)
+        last = np.minimum((window + 1) * self.window - shift, lane_length)
+        key = derive_key(self.key, "windows", shift)
+        keys = subkeys(key, subkeys(key, lane) + window.astype(np.uint64))
+        return first + permute(index - first, last - first, keys)
