@@ -1,0 +1,3 @@
+from wds_convnext.cli import main
+
+main()

@@ -1,0 +1,209 @@
+"""The parts of a run, made from its config: model, optimizer, step, and the facts about them."""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+import timm
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import wds_convnext
+from wds_convnext.config import TrainConfig
+from wds_convnext.device import Mixer, Normalizer
+from wds_convnext.distributed import World
+from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.metrics import StepSums
+from wds_convnext.model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    WeightAverage,
+    create_model,
+    init_from,
+)
+from wds_convnext.optim import AdamP, parameter_groups
+from wds_convnext.order import TrainOrder
+from wds_convnext.shards import ShardSet
+from wds_convnext.train import StepRecipe, TrainState, keep_lr_on_device
+
+CROP_RATIO = 0.875  # of evaluation: Resize(256), CenterCrop(224)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how a model is computed."""
+
+    world: World
+    device: torch.device
+    amp: str  # off, bf16 or fp16
+    compiled: bool = False
+
+    @property
+    def autocast(self) -> Callable:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
+        return partial(torch.autocast, self.device.type, dtype=dtype) if dtype else nullcontext
+
+
+def check_options(config: TrainConfig) -> None:
+    """Refuse options that do not fit each other.
+
+    Raises:
+        UsageError: for an odd batch that is to be mixed.
+    """
+    if config.batch_size % 2 and (config.mixup or config.cutmix) and config.mix_prob:
+        raise UsageError(
+            f"--batch-size {config.batch_size}: mixing blends pairs, so it must be even. "
+            f"Use {config.batch_size + 1}, or --mixup 0 --cutmix 0."
+        )
+
+
+def fit_to_checkpoint(config: TrainConfig, then: dict, world: World) -> TrainConfig:
+    """The config with the batch per process that gives the checkpoint's global batch.
+
+    Raises:
+        CheckpointError: if the ranks do not divide it, or the options ask for another one.
+    """
+    global_batch_size = then["data"]["global_batch_size"]
+    if config.batch_size * config.accumulate * world.size == global_batch_size:
+        return config
+    batch_size, rest = divmod(global_batch_size, config.accumulate * world.size)
+    if rest or config.batch_size != then["batch_size"]:
+        raise CheckpointError(
+            f"--resume: the checkpoint's global batch is {global_batch_size}; {world.size} "
+            f"processes with --batch-size {config.batch_size} and --accumulate "
+            f"{config.accumulate} do not make it. Choose a product that does, or start afresh "
+            "without --resume, in another --out."
+        )
+    return replace(config, batch_size=batch_size)
+
+
+def num_workers(workers: int | None, world: World) -> int:
+    """Loader processes of this rank: as asked for, else one per core, at most 16.
+
+    Raises:
+        UsageError: if they are more than four per core.
+    """
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if workers is None:
+        return max(1, min(16, num_cpus // max(1, world.size)))
+    if workers > 4 * num_cpus:
+        raise UsageError(
+            f"--workers {workers}: this machine has {num_cpus} CPU cores, so they would only take "
+            f"turns. Use at most {4 * num_cpus}; {num_cpus} is usual."
+        )
+    return workers
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """`off`, `bf16` or `fp16`.
+
+    Raises:
+        UsageError: if the device cannot do it.
+    """
+    if amp == "auto":
+        if device.type != "cuda":
+            return "off"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "fp16" and device.type != "cuda":
+        raise UsageError(f"--amp fp16 needs CUDA, found {device.type}. Use bf16 or off.")
+    return amp
+
+
+def build_state(
+    config: TrainConfig, num_classes: int, compute: Compute
+) -> tuple[TrainState, list[str]]:
+    """A fresh state on the device, and sentences about what it started from."""
+    torch.manual_seed(config.seed)
+    model = create_model(
+        config.model, num_classes=num_classes, drop_path_rate=config.drop_path_rate
+    )
+    notes = [init_from(model, config.init_from)] if config.init_from else []
+    model = model.to(compute.device, memory_format=torch.channels_last)
+    groups = parameter_groups(model, weight_decay=config.weight_decay)
+    optimizer = AdamP(groups, lr=config.lr)
+    keep_lr_on_device(optimizer, compute.device)
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(compute.device.type, enabled=compute.amp == "fp16"),
+        average=WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None,
+        sums=StepSums(compute.device),
+    )
+    return state, notes
+
+
+def build_recipe(
+    config: TrainConfig, state: TrainState, num_classes: int, compute: Compute
+) -> StepRecipe:
+    """What a step does, with the model wrapped for many processes and compiled as configured."""
+    forward, no_sync = state.model, nullcontext
+    if compute.world.size > 1:
+        ids = [compute.device.index] if compute.device.type == "cuda" else None
+        forward = DistributedDataParallel(
+            forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        no_sync = forward.no_sync
+    return StepRecipe(
+        forward=torch.compile(forward, dynamic=False) if compute.compiled else forward,
+        normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, compute.device),
+        mixer=Mixer(
+            num_classes,
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            prob=config.mix_prob,
+            switch_prob=config.switch_prob,
+            label_smoothing=config.label_smoothing,
+        ),
+        autocast=compute.autocast,
+        no_sync=no_sync,
+        clip_grad_norm=config.clip_grad_norm,
+        seed=config.seed,
+        world=compute.world,
+    )
+
+
+def describe(
+    config: TrainConfig,
+    train_set: ShardSet,
+    val_spec: str | None,
+    order: TrainOrder,
+    compute: Compute,
+) -> dict:
+    """The facts that a checkpoint carries besides its state; plain values."""
+    return {
+        "model": config.model,
+        "num_classes": train_set.num_classes,
+        "class_names": list(train_set.class_names),
+        "dataset": train_set.dataset,
+        "val_shards": val_spec and os.path.abspath(val_spec),
+        "batch_size": config.batch_size,
+        "preprocessing": {
+            "image_size": config.image_size,
+            "crop_ratio": CROP_RATIO,
+            "interpolation": "bilinear, antialiased",
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+        },
+        "data": {
+            "shards": train_set.digest,
+            "seed": config.seed,
+            "global_batch_size": order.global_batch_size,
+            "shuffle_buffer": order.shuffle_buffer,
+            "num_lanes": order.num_lanes,
+        },
+        "environment": {
+            "wds_convnext": wds_convnext.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+            "device": compute.device.type,
+            "amp": compute.amp,
+            "compiled": compute.compiled,
+            "num_threads": torch.get_num_threads(),
+            "world_size": compute.world.size,
+        },
+        "config": asdict(config),
+    }

@@ -1,0 +1,280 @@
+"""One frozen dataclass per command; `options` derives click's options from its fields."""
+
+import re
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+import click
+
+FRACTION = click.FloatRange(0, 1)
+COUNT = click.IntRange(min=1)
+NON_NEGATIVE = click.FloatRange(min=0)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=None) -> Any:
+    """A dataclass field that is also a click option. `...` as default makes it required."""
+    metadata = {"help": help, "group": group, "type": type, "flag_value": flag_value}
+    return field(default=MISSING if default is ... else default, metadata=metadata, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. The defaults are the article's."""
+
+    shards: str = option(
+        ...,
+        "Training shards: 'data/train-<000..012>.tar', "
+        "'data/train-{000..012}.tar', a glob, a folder, a manifest, or a comma "
+        "list.",
+        group="Data",
+    )
+    val_shards: str | None = option(
+        None,
+        "Validation shards. Default: those named validation-* or val-* beside the training shards.",
+        group="Data",
+    )
+    image_size: int = option(
+        224,
+        "Side of the square the model sees, in pixels; evaluation "
+        "resizes the short side to 8/7 of it and crops the centre.",
+        group="Data",
+        type=click.IntRange(8, 4096),
+    )
+    shuffle_buffer: int = option(
+        100_000,
+        "Samples shuffled together. References, so it costs no "
+        "memory; at least the data set's size for a uniform order.",
+        group="Data",
+        type=COUNT,
+    )
+    workers: int | None = option(
+        None,
+        "Processes that decode images; 0 decodes in the trainer. "
+        "Default: one per CPU core, at most 16.",
+        group="Data",
+        type=click.IntRange(0, 256),
+    )
+    max_bad_samples: float = option(
+        0.001,
+        "Share of an epoch's samples that may be replaced because they do not decode.",
+        group="Data",
+        type=FRACTION,
+    )
+
+    min_crop: float = option(
+        0.08,
+        "Smallest share of an image's area that a random crop takes.",
+        group="Augmentation",
+        type=click.FloatRange(0, 1, min_open=True),
+    )
+    hflip: float = option(
+        0.5, "Probability of a horizontal flip.", group="Augmentation", type=FRACTION
+    )
+    color_jitter: float = option(
+        0.4,
+        "Range of brightness, contrast and saturation factors, 1 +- this; 0 for none.",
+        group="Augmentation",
+        type=FRACTION,
+    )
+    mixup: float = option(
+        0.8, "Mixup's alpha; 0 for none.", group="Augmentation", type=NON_NEGATIVE
+    )
+    cutmix: float = option(
+        1.0, "CutMix's alpha; 0 for none.", group="Augmentation", type=NON_NEGATIVE
+    )
+    mix_prob: float = option(
+        1.0, "Share of batches that are mixed.", group="Augmentation", type=FRACTION
+    )
+    switch_prob: float = option(
+        0.5, "Share of CutMix among mixed batches.", group="Augmentation", type=FRACTION
+    )
+    label_smoothing: float = option(
+        0.1, "Part of each target spread over all classes.", group="Augmentation", type=FRACTION
+    )
+
+    model: str = option("convnext_base", "Any timm model, by name.", group="Model")
+    drop_path_rate: float = option(
+        0.2, "Stochastic depth: the last block's drop rate.", group="Model", type=FRACTION
+    )
+    init_from: str | None = option(
+        None, "Start from a timm state dict (fine-tuning).", group="Model"
+    )
+    ema_decay: float = option(
+        0.0,
+        "Decay of an average of the weights, which is then validated and evaluated; 0 for none.",
+        group="Model",
+        type=click.FloatRange(0, 1, max_open=True),
+    )
+
+    epochs: int = option(300, "Passes over the training samples.", group="Optimisation", type=COUNT)
+    max_steps: int | None = option(
+        None,
+        "Stop after so many steps; the schedule stays that of --epochs.",
+        group="Optimisation",
+        type=COUNT,
+    )
+    batch_size: int = option(
+        160, "Samples per batch and process.", group="Optimisation", type=COUNT
+    )
+    accumulate: int = option(1, "Batches per optimizer step.", group="Optimisation", type=COUNT)
+    lr: float = option(4e-3, "Peak learning rate.", group="Optimisation", type=POSITIVE)
+    weight_decay: float = option(
+        0.05,
+        "Decoupled decay of tensors with more than one dimension.",
+        group="Optimisation",
+        type=NON_NEGATIVE,
+    )
+    warmup_epochs: float = option(
+        5.0,
+        "Epochs in which the learning rate rises linearly.",
+        group="Optimisation",
+        type=NON_NEGATIVE,
+    )
+    warmup_lr: float = option(
+        1e-6, "Learning rate of the first step.", group="Optimisation", type=NON_NEGATIVE
+    )
+    min_lr: float = option(
+        2e-6, "Learning rate of the last step.", group="Optimisation", type=NON_NEGATIVE
+    )
+    clip_grad_norm: float = option(
+        1.0,
+        "Largest norm of all gradients together; 0 for no limit.",
+        group="Optimisation",
+        type=NON_NEGATIVE,
+    )
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Machine")
+    amp: str = option(
+        "auto",
+        "Mixed precision: auto takes bf16 where the GPU has it, else fp16; none on a CPU.",
+        group="Machine",
+        type=click.Choice(["auto", "bf16", "fp16", "off"]),
+    )
+    compile: bool | None = option(None, "Compile the model. Default: on CUDA.", group="Machine")
+
+    seed: int = option(
+        0,
+        "Decides order, augmentation, mixing and starting weights.",
+        group="Run",
+        type=click.IntRange(0, 2**63 - 1),
+    )
+    out: str | None = option(None, "Folder of the run. Default: runs/<model>-<time>.", group="Run")
+    log_every: int = option(20, "Steps between log lines.", group="Run", type=COUNT)
+    val_every: int = option(
+        10,
+        "Epochs between validations; the last epoch is always validated.",
+        group="Run",
+        type=COUNT,
+    )
+    save_every: int = option(1000, "Steps between checkpoints.", group="Run", type=COUNT)
+    keep: int = option(
+        2, "Checkpoints kept besides last.pt and best.pt.", group="Run", type=click.IntRange(min=0)
+    )
+    resume: str | None = option(
+        None,
+        "Continue a run: its folder or a checkpoint; alone, the run in --out or the newest.",
+        group="Run",
+        flag_value="newest",
+    )
+    overwrite: bool = option(
+        False, "Delete the run that --out holds, and start afresh.", group="Run"
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `wds-convnext eval` measures."""
+
+    checkpoint: str | None = option(
+        None,
+        "A checkpoint or a run folder (its best.pt). Default: the newest run under runs/.",
+        group="Evaluation",
+    )
+    shards: str | None = option(
+        None,
+        "Shards to evaluate on. Default: those that the run was validated on.",
+        group="Evaluation",
+    )
+    batch_size: int = option(160, "Samples per batch and process.", group="Evaluation", type=COUNT)
+    workers: int | None = option(
+        None,
+        "Processes that decode images. Default: one per CPU core, at most 16.",
+        group="Evaluation",
+        type=click.IntRange(0, 256),
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Evaluation")
+    amp: str = option(
+        "auto",
+        "Mixed precision, as in training.",
+        group="Evaluation",
+        type=click.Choice(["auto", "bf16", "fp16", "off"]),
+    )
+    max_bad_samples: float = option(
+        0.0, "Share of samples that may fail to decode.", group="Evaluation", type=FRACTION
+    )
+    json: bool = option(False, "Print one JSON object.", group="Evaluation")
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes as people write it: 500MB, 1.5GB, 4096; decimal units."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", value.strip(), re.IGNORECASE)
+        try:
+            power = " kmgt".index(match[2].lower() or " ")
+            return int(float(match[1]) * 1000**power)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is no size. Write 500MB or 1.5GB.", param, ctx)
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """How parquet files become tar shards."""
+
+    out: str = option("data", "Folder for the shards.", group="Output")
+    num_shards: int | None = option(
+        None, "Shards per split. Default: one per input file.", group="Output", type=COUNT
+    )
+    samples_per_shard: int | None = option(
+        None, "Most samples per shard.", group="Output", type=COUNT
+    )
+    shard_size: int | None = option(
+        None, "Bytes per shard, about: 500MB, 1GB.", group="Output", type=ByteSize()
+    )
+    overwrite: bool = option(
+        False, "Replace shards that other options or inputs made.", group="Output"
+    )
+    shuffle: bool = option(
+        True,
+        "Spread every class of the training split evenly over its "
+        "shards, in a seeded random order; or keep the stored order.",
+        group="Order",
+    )
+    seed: int = option(0, "Seed of the shuffle.", group="Order", type=click.IntRange(0, 2**63 - 1))
+    image_column: str | None = option(
+        None, "Column of images. Default: found by its type.", group="Input"
+    )
+    label_column: str | None = option(
+        None, "Column of labels. Default: found by its type.", group="Input"
+    )
+    check: str = option(
+        "header",
+        "Look at each image's header, or decode it whole.",
+        group="Input",
+        type=click.Choice(["header", "decode"]),
+    )
+    on_bad: str = option(
+        "error",
+        "Rows without a usable image or label: end with a list of "
+        "them, or leave them out and list them.",
+        group="Input",
+        type=click.Choice(["error", "skip"]),
+    )
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )

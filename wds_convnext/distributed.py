@@ -1,0 +1,143 @@
+"""Rank, world size, sums over ranks, and agreeing on a step to stop at.
+
+Everything here is the identity in one process. Under torchrun, votes travel over a gloo group of
+their own, so that agreeing never waits for the device.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from wds_convnext.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the processes of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and talks."""
+        return self.rank == 0
+
+
+def join_world(device_name: str, *, timeout_s: float = 600) -> tuple[World, torch.device]:
+    """Join the process group that torchrun announced, if any, and choose this rank's device.
+
+    Args:
+        device_name: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        timeout_s: how long a collective may wait before the run ends with an error.
+
+    Raises:
+        UsageError: if the device is not there.
+    """
+    world = World(
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+        int(os.environ.get("LOCAL_RANK", 0)),
+    )
+    device = _choose_device(device_name, world)
+    if world.size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return world, device
+
+
+def _choose_device(name: str, world: World) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() and world.size == 1 else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device. Use auto, cpu, cuda or mps.") from None
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        wanted = device.index if device.index is not None else world.local_rank
+        if wanted >= found:
+            raise UsageError(
+                f"--device {name}: process {wanted} on this machine needs its own GPU, "
+                f"{found} found. Use --device cpu, or fewer processes."
+            )
+        device = torch.device("cuda", wanted)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has none. Use --device cpu.")
+    return device
+
+
+def leave_world(world: World) -> None:
+    """Leave the process group, if there is one."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place; the same on every rank."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value, world: World):
+    """The main rank's value, on every rank (plain Python values)."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_lists(items: list, world: World) -> list:
+    """The lists of all ranks joined, in the order of ranks; the same on every rank."""
+    if world.size == 1:
+        return items
+    lists = [None] * world.size
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+class StopVote:
+    """Lets all ranks stop at the same step when any of them was told to.
+
+    Each step casts a vote without waiting and learns the outcome of the vote of the step before,
+    so a signal ends the run at most two steps later, and the host is never more than one step
+    ahead of the slowest rank's host. In one process the vote is the answer.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self._pending = None
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def should_stop(self, wants_to_stop: bool) -> bool:
+        """Cast this step's vote; the same answer on every rank."""
+        if self._group is None:
+            return wants_to_stop
+        outcome = self._outcome()
+        ballot = torch.tensor([int(wants_to_stop)])
+        self._pending = ballot, dist.all_reduce(ballot, group=self._group, async_op=True)
+        return outcome
+
+    def _outcome(self) -> bool:
+        if self._pending is None:
+            return False
+        ballot, work = self._pending
+        work.wait()
+        return bool(ballot.item())

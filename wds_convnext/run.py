@@ -1,0 +1,266 @@
+"""From a config to a run: opening shards, building the parts, resuming, evaluating."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import click
+
+from wds_convnext import folder as run_folder
+from wds_convnext.build import (
+    CROP_RATIO,
+    Compute,
+    build_recipe,
+    build_state,
+    check_options,
+    choose_amp,
+    describe,
+    fit_to_checkpoint,
+    num_workers,
+)
+from wds_convnext.checkpoint import load_checkpoint
+from wds_convnext.config import EvalConfig, TrainConfig
+from wds_convnext.device import Normalizer, prefetch_to_device
+from wds_convnext.distributed import join_world, leave_world
+from wds_convnext.errors import DataError, ShardError, UsageError
+from wds_convnext.evaluate import EvalResult, evaluate
+from wds_convnext.metrics import RunLog
+from wds_convnext.model import IMAGENET_MEAN, IMAGENET_STD, create_model
+from wds_convnext.order import EvalOrder, TrainOrder
+from wds_convnext.reader import find_validation, open_shards
+from wds_convnext.shards import ShardSet
+from wds_convnext.stream import Batch, ShardStream, make_loader
+from wds_convnext.train import TrainState, fit
+from wds_convnext.transforms import EvalTransform, TrainTransform
+
+STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
+
+
+def run_training(config: TrainConfig) -> int:
+    """Train as configured; gives the exit code: 0, or 75 if a signal stopped the run."""
+    world, device = join_world(config.device)
+    try:
+        compiled = device.type == "cuda" if config.compile is None else config.compile
+        return _train(config, Compute(world, device, choose_amp(config.amp, device), compiled))
+    finally:
+        leave_world(world)
+
+
+def _train(config: TrainConfig, compute: Compute) -> int:
+    world = compute.world
+    say = click.echo if world.is_main else lambda text: None
+    warn = partial(click.secho, err=True) if world.is_main else lambda text: None
+    folder, resumed = run_folder.choose(config, world, warn=warn)
+    if resumed:
+        config = fit_to_checkpoint(config, resumed["facts"], world)
+    check_options(config)
+    train_set, val_set, val_spec = _open_splits(config)
+    order = TrainOrder(
+        train_set.sizes,
+        seed=config.seed,
+        global_batch_size=config.batch_size * config.accumulate * world.size,
+        shuffle_buffer=config.shuffle_buffer,
+    )
+    facts = describe(config, train_set, val_spec, order, compute)
+    state, notes = build_state(config, train_set.num_classes, compute)
+    if resumed:
+        run_folder.check_resumable(resumed["facts"], facts, warn=warn)
+        state.load_state_dict(resumed)
+        notes.append(f"Resumed at step {state.step}.")
+    if world.is_main:
+        run_folder.prepare(folder, config, fresh=resumed is None)
+    recipe = build_recipe(config, state, train_set.num_classes, compute)
+    say(_introduce(config, state, train_set, val_set, order, compute))
+    for note in notes:
+        say(note)
+
+    stream = ShardStream(
+        train_set,
+        order,
+        batch_size=config.batch_size,
+        transform=TrainTransform(
+            config.image_size,
+            color_jitter=config.color_jitter,
+            scale=(config.min_crop, 1.0),
+            hflip=config.hflip,
+        ),
+        rank=world.rank,
+        world_size=world.size,
+        start=state.step * config.accumulate,
+    )
+    workers = num_workers(config.workers, world)
+    batches = make_loader(stream, workers=workers, pin_memory=compute.device.type == "cuda")
+    validate = None
+    if val_set is not None:
+        validate = partial(
+            _evaluate_split,
+            val_set,
+            recipe.forward,
+            batch_size=config.batch_size,
+            image_size=config.image_size,
+            workers=workers,
+            max_bad_samples=0.0,
+            compute=compute,
+        )
+    save = partial(run_folder.save, folder, state=state, facts=facts, keep=config.keep, world=world)
+    log = RunLog(folder, start_step=state.step, quiet=not world.is_main)
+    with run_folder.status(folder, state, world) as status:
+        try:
+            status.reason = fit(
+                state,
+                prefetch_to_device(batches, compute.device),
+                config=config,
+                order=order,
+                recipe=recipe,
+                log=log,
+                validate=validate,
+                save=save,
+            )
+        finally:
+            log.close()
+            batches.close()
+    if status.reason != "finished":
+        say(f"Stopped by {status.reason} after step {state.step}; saved {folder / 'last.pt'}.")
+        say(f"Continue with: wds-convnext train --resume {folder}")
+        return STOPPED_EXIT_CODE
+    if validate:
+        _evaluate_best(folder, state, validate, say)
+    return 0
+
+
+def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
+    """Evaluate a checkpoint; the result, and what was evaluated on what (plain values)."""
+    world, device = join_world(config.device)
+    try:
+        path = run_folder.best_checkpoint(config.checkpoint)
+        content = load_checkpoint(path)
+        facts = content["facts"]
+        spec = config.shards or facts["val_shards"]
+        if spec is None:
+            raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
+        shard_set = open_shards(spec)
+        if shard_set.class_names != tuple(facts["class_names"]):
+            raise ShardError(
+                f"{spec}: its {shard_set.num_classes} classes are not the {facts['num_classes']} "
+                f"that {path} was trained on. Evaluate on the same data set."
+            )
+        model = create_model(facts["model"], num_classes=facts["num_classes"]).to(device)
+        model.load_state_dict(content["ema"] or content["model"], strict=False)
+        compute = Compute(world, device, choose_amp(config.amp, device))
+        result = _evaluate_split(
+            shard_set,
+            model,
+            batch_size=config.batch_size,
+            image_size=facts["preprocessing"]["image_size"],
+            workers=num_workers(config.workers, world),
+            max_bad_samples=config.max_bad_samples,
+            compute=compute,
+        )
+        about = {
+            "model": facts["model"],
+            "weights": "ema" if content["ema"] else "model",
+            "checkpoint": str(path),
+            "step": content["step"],
+            "dataset": shard_set.dataset,
+            "split": shard_set.split,
+        }
+        return result, about
+    finally:
+        leave_world(world)
+
+
+def _evaluate_split(
+    shard_set: ShardSet,
+    forward: Callable,
+    *,
+    batch_size: int,
+    image_size: int,
+    workers: int,
+    max_bad_samples: float,
+    compute: Compute,
+) -> EvalResult:
+    """Every sample of a split once, over all ranks; `forward` is put into evaluation mode."""
+    world, device = compute.world, compute.device
+    stream = ShardStream(
+        shard_set,
+        EvalOrder(shard_set.sizes),
+        batch_size=batch_size,
+        transform=EvalTransform(image_size, crop_ratio=CROP_RATIO),
+        rank=world.rank,
+        world_size=world.size,
+    )
+    loader = make_loader(
+        stream, workers=min(workers, stream.stop), pin_memory=device.type == "cuda"
+    )
+    allowed = max_bad_samples * shard_set.num_samples
+    return evaluate(
+        forward,
+        prefetch_to_device(_limit_bad_samples(loader, allowed), device),
+        normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, device),
+        autocast=compute.autocast,
+        world=world,
+    )
+
+
+def _limit_bad_samples(batches: Iterator[Batch], allowed: float) -> Iterator[Batch]:
+    found = 0
+    for batch in batches:
+        found += len(batch.bad_samples)
+        if found > allowed:
+            bad = batch.bad_samples[0]
+            raise DataError(
+                f"{bad['shard']}, key {bad['key']}: {bad['reason']} Write the shard again, or "
+                "leave such samples out of the result with --max-bad-samples."
+            )
+        yield batch
+
+
+def _evaluate_best(folder: Path, state: TrainState, validate: Callable, say: Callable) -> None:
+    best = load_checkpoint(folder / "best.pt")
+    state.model.load_state_dict(best["model"])
+    if best["ema"]:
+        state.model.load_state_dict(best["ema"], strict=False)
+    result = validate()
+    low, high = result.top1_interval
+    say(
+        f"Final Model Accuracy: {result.top1:.2%} (validation split, n = {result.num_samples:,}, "
+        f"95 % interval {low:.2%} to {high:.2%}; chosen on this split, so report a test split)"
+    )
+
+
+def _open_splits(config: TrainConfig) -> tuple[ShardSet, ShardSet | None, str | None]:
+    """The training split, the validation split if there is one, and what names the latter."""
+    train_set = open_shards(config.shards)
+    spec = config.val_shards or find_validation(train_set)
+    val_set = open_shards(spec) if spec else None
+    if val_set is not None and val_set.class_names != train_set.class_names:
+        raise ShardError(
+            f"{spec}: its {val_set.num_classes} class names differ from the "
+            f"{train_set.num_classes} of {config.shards}. Use splits of one data set."
+        )
+    return train_set, val_set, spec
+
+
+def _introduce(
+    config: TrainConfig,
+    state: TrainState,
+    train_set: ShardSet,
+    val_set: ShardSet | None,
+    order: TrainOrder,
+    compute: Compute,
+) -> str:
+    """What is about to be trained, on what, where."""
+    num_parameters = sum(p.numel() for p in state.model.parameters())
+    if val_set is None:
+        validation = "no validation shards found (name some with --val-shards)"
+    else:
+        validation = f"{val_set.num_samples:,} for validation"
+    amp = "float32" if compute.amp == "off" else compute.amp
+    return (
+        f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {train_set.dataset}: "
+        f"{train_set.num_samples:,} samples in {len(train_set.shards)} shards, {validation}, "
+        f"{train_set.num_classes} classes\n"
+        f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
+        f"global batch {order.global_batch_size}, on {compute.world.size} x {compute.device}, "
+        f"{amp}, {'compiled' if compute.compiled else 'not compiled'}"
+    )
