@@ -99,9 +99,9 @@ class TrainOrder:
         """The samples at positions of the stream (int64, any order), and their lanes."""
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
         number, lane = np.empty_like(offsets), np.empty_like(offsets)
-        for epoch in np.unique(epochs):
+        for epoch in set(epochs.tolist()):
             here = epochs == epoch
-            number[here], lane[here] = self._epoch(int(epoch))(offsets[here])
+            number[here], lane[here] = _cached_epoch(self, epoch)(offsets[here])
         shard, sample = self._shard_map.locate(number)
         return SampleRefs(shard, sample, number, epochs, np.ones(len(number), bool)), lane
 
@@ -135,9 +135,6 @@ class TrainOrder:
     @cached_property
     def _shard_map(self) -> _ShardMap:
         return _ShardMap(self.sizes)
-
-    def _epoch(self, epoch: int) -> "_Uniform | _Windowed":
-        return _cached_epoch(self, epoch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,107 @@
+"""Small real files for the tests: images, parquet in mini-imagenet's layout, shards, runs."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# The same cases every time, and no deadline: machines that run tests are shared and slow.
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("fixed")
+
+CLASS_NAMES = ["ant", "bee", "cat", "dog"]
+TINY_RUN = {
+    "--model": "test_convnext",
+    "--image-size": "16",
+    "--batch-size": "8",
+    "--epochs": "4",
+    "--workers": "0",
+    "--warmup-epochs": "1",
+    "--log-every": "3",
+    "--save-every": "5",
+    "--val-every": "2",
+    "--shuffle-buffer": "16",
+    "--device": "cpu",
+}
+
+
+def encode_image(seed: int, *, size=(24, 20), format="JPEG") -> bytes:
+    """A smooth random picture, another for each seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    small.resize(size, Image.Resampling.BICUBIC).save(file, format)
+    return file.getvalue()
+
+
+def write_parquet(folder: Path, split: str, sizes: list[int], *, classes=CLASS_NAMES) -> None:
+    """Files of one split, one per size, sorted by class."""
+    features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([("image", image), ("label", pa.int64())], metadata=metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = np.sort(np.arange(sum(sizes)) % len(classes))
+    starts = np.cumsum([0, *sizes])
+    for i, (start, size) in enumerate(zip(starts, sizes)):
+        rows = range(start, start + size)
+        seed = sum(split.encode()) * 1000
+        images = [{"bytes": encode_image(seed + row), "path": f"{row}.jpg"} for row in rows]
+        table = pa.table({"image": images, "label": labels[list(rows)].tolist()}, schema=schema)
+        path = folder / f"{split}-{i:05d}-of-{len(sizes):05d}.parquet"
+        pq.write_table(table, path, row_group_size=7)
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory) -> Path:
+    """A data set of three splits; 50 training samples in files of very different sizes."""
+    folder = tmp_path_factory.mktemp("tiny") / "pictures"
+    write_parquet(folder, "train", [21, 1, 28])
+    write_parquet(folder, "validation", [9, 4])
+    write_parquet(folder, "test", [11])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(parquet, tmp_path_factory) -> Path:
+    """The same as tar shards in stored order, so sorted by class. Do not write to it."""
+    from wds_convnext.reshard import reshard
+
+    out = tmp_path_factory.mktemp("shards") / "data"
+    reshard(str(parquet), str(out), shuffle=False, quiet=True)
+    return out
+
+
+def command(*args, **options) -> list[str]:
+    """A wds-convnext command line for a process of its own."""
+    flat = [str(part) for pair in options.items() for part in pair]
+    return [sys.executable, "-m", "wds_convnext", *map(str, args), *flat]
+
+
+def train_command(shards: Path, out: Path, *args, **options) -> list[str]:
+    """A training run of moments on the tiny shards; options as {"--epochs": 2}."""
+    return command(
+        "train", "--shards", shards / "train.json", "--out", out, *args, **TINY_RUN | options
+    )
+
+
+def run(command: list[str], *, cwd=None, check=True, **env) -> subprocess.CompletedProcess:
+    """Run a command to its end, on one thread, and give its output."""
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        check=check,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )
