@@ -21,7 +21,7 @@ settings.load_profile("fixed")
 CLASS_NAMES = ["ant", "bee", "cat", "dog"]
 TINY_RUN = {
     "--model": "test_convnext",
-    "--image-size": "16",
+    "--image-size": "32",
     "--batch-size": "8",
     "--epochs": "4",
     "--workers": "0",
@@ -96,12 +96,13 @@ def train_command(shards: Path, out: Path, *args, **options) -> list[str]:
 
 def run(command: list[str], *, cwd=None, check=True, **env) -> subprocess.CompletedProcess:
     """Run a command to its end, on one thread, and give its output."""
-    return subprocess.run(
+    result = subprocess.run(
         command,
         cwd=cwd,
-        check=check,
         capture_output=True,
         text=True,
         timeout=250,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
+    assert result.returncode == 0 or not check, result.stdout + result.stderr
+    return result

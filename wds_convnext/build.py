@@ -21,6 +21,7 @@ from wds_convnext.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     WeightAverage,
+    check_image_size,
     create_model,
     init_from,
 )
@@ -120,6 +121,7 @@ def build_state(
     model = create_model(
         config.model, num_classes=num_classes, drop_path_rate=config.drop_path_rate
     )
+    check_image_size(model, config.image_size)
     notes = [init_from(model, config.init_from)] if config.init_from else []
     model = model.to(compute.device, memory_format=torch.channels_last)
     groups = parameter_groups(model, weight_decay=config.weight_decay)
@@ -196,7 +198,7 @@ def describe(
         },
         "environment": {
             "wds_convnext": wds_convnext.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "timm": timm.__version__,
             "numpy": np.__version__,
             "device": compute.device.type,

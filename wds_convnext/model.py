@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import pickle
+import re
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +12,7 @@ from wds_convnext.errors import CheckpointError, UsageError, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile's, DistributedDataParallel's
 
 
 def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) -> nn.Module:
@@ -35,6 +36,24 @@ def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) ->
         ) from None
 
 
+@torch.no_grad()
+def check_image_size(model: nn.Module, image_size: int) -> None:
+    """Run one blank image through a model, so that a size it cannot take is found at once.
+
+    Raises:
+        UsageError: if the model cannot take images of this size.
+    """
+    model.eval()
+    try:
+        model(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--image-size {image_size}: the model cannot take it ({reason}). "
+            "Use a multiple of 32, or the size the model was made for."
+        ) from None
+
+
 def init_from(model: nn.Module, path: str) -> str:
     """Start from a timm state dict (a `.pt`/`.pth` file, or a checkpoint of ours, or safetensors).
 
@@ -50,13 +69,16 @@ def init_from(model: nn.Module, path: str) -> str:
     fits = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     head = set(_head_keys(model))
     misfits = [key for key in own if key not in fits and key not in head]
+    misfits += [key for key in weights if key not in own]
     if misfits or not fits:
-        found = (
-            f"{tuple(weights[misfits[0]].shape)}" if misfits and misfits[0] in weights else "none"
+        first = misfits[0] if misfits else "all"
+        expected, found = (
+            tuple(tensors[first].shape) if first in tensors else "none"
+            for tensors in (own, weights)
         )
         raise CheckpointError(
-            f"--init-from {path}: weights of another model: {len(misfits)} of {len(own)} tensors "
-            f"do not fit, first {misfits[0] if misfits else 'all'} (found {found}). "
+            f"--init-from {path}: weights of another model: {len(misfits)} tensors do not fit the "
+            f"{len(own)} of this one, first {first} (expected {expected}, found {found}). "
             "Choose the --model it was saved from."
         )
     model.load_state_dict(fits, strict=False)
@@ -66,9 +88,10 @@ def init_from(model: nn.Module, path: str) -> str:
 
 
 def _head_keys(model: nn.Module) -> list[str]:
-    classifier = model.get_classifier()
-    prefix = next(name for name, module in model.named_modules() if module is classifier)
-    return [key for key in model.state_dict() if key.startswith(prefix + ".")]
+    heads = model.get_classifier()  # distilled models have two
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    prefixes = [name for name, module in model.named_modules() if module in heads]
+    return [key for key in model.state_dict() if key.rpartition(".")[0] in prefixes]
 
 
 def _read_weights(path: str) -> dict[str, torch.Tensor]:
@@ -78,21 +101,24 @@ def _read_weights(path: str) -> dict[str, torch.Tensor]:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # a dependency of timm
 
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError, OSError) as error:
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"--init-from {path}: not a readable state dict ({str(error).splitlines()[0]})."
+            f"--init-from {path}: not a readable state dict ({reason}). Give a timm state dict."
         ) from None
-    for wrapped_as in ("ema", "state_dict_ema", "model", "state_dict", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapped_as), dict):
-            content = content[wrapped_as]
-            break
     if not isinstance(content, dict):
         raise CheckpointError(
             f"--init-from {path}: holds a {type(content).__name__}, no state dict."
         )
-    weights = {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in content.items()}
+    # Averages come last: ours hold parameters only, so they lie over the model they belong to.
+    names = ("model_state_dict", "state_dict", "model", "state_dict_ema", "ema")
+    wrapped = [content[name] for name in names if isinstance(content.get(name), dict)]
+    weights = {}
+    for state in wrapped or [content]:
+        weights |= {_WRAPPERS.sub("", str(key)): value for key, value in state.items()}
     return {key: value for key, value in weights.items() if torch.is_tensor(value)}
 
 
@@ -112,7 +138,10 @@ class WeightAverage:
     def update(self, *, frozen: torch.Tensor) -> None:
         """Move towards the model's weights; not at all where the 0-d flag `frozen` is set."""
         weight = (1 - self.decay) * (1 - frozen.float())
-        torch._foreach_lerp_(self._average, self._parameters, weight)
+        # Not _foreach_lerp_: it takes a Python number, and would read `frozen` to get one.
+        moves = torch._foreach_sub(self._parameters, self._average)
+        torch._foreach_mul_(moves, weight)
+        torch._foreach_add_(self._average, moves)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
