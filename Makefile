@@ -29,7 +29,8 @@ $(INSTALLED): pyproject.toml requirements.txt requirements-dev.txt
 	@echo "Installing into $(VENV) (once; torch is large, so this takes a while)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-dev.txt --editable .
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python \
+	  -r requirements-dev.txt --editable .
 	@touch $@
 
 demo: $(INSTALLED)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,42 @@ def write_parquet(folder: Path, split: str, sizes: list[int], *, classes=CLASS_N
         table = pa.table({"image": images, "label": labels[list(rows)].tolist()}, schema=schema)
         path = folder / f"{split}-{i:05d}-of-{len(sizes):05d}.parquet"
         pq.write_table(table, path, row_group_size=7)
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], *, format=tarfile.GNU_FORMAT) -> str:
+    """A tar of (name, data) members, as the standard library writes it; gives its path."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def sample_members(num_samples: int, *, start: int = 0) -> list[tuple[str, bytes]]:
+    """Members of samples numbered from `start`: an image each, and the label number % 4."""
+    pairs = [
+        ((f"{i:04d}.jpg", encode_image(i)), (f"{i:04d}.cls", str(i % 4).encode()))
+        for i in range(start, start + num_samples)
+    ]
+    return [member for pair in pairs for member in pair]
+
+
+def write_shards(folder: Path, sizes: list[int], *, split: str = "train") -> Path:
+    """Shards of samples numbered over the split, with sidecars and manifest; gives the latter."""
+    from wds_convnext.shards import Manifest, Shard
+    from wds_convnext.tarindex import format_sidecar, sidecar_path, walk_tar
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for i, size in enumerate(sizes):
+        path = write_tar(
+            folder / f"{split}-{i:03d}.tar", sample_members(size, start=sum(sizes[:i]))
+        )
+        Path(sidecar_path(path)).write_bytes(format_sidecar(list(walk_tar(path))))
+        shards.append(Shard(path, size, os.path.getsize(path)))
+    Manifest("pictures", split, tuple(shards), tuple(CLASS_NAMES)).write(folder / f"{split}.json")
+    return folder / f"{split}.json"
 
 
 @pytest.fixture(scope="session")

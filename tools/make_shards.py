@@ -1,6 +1,8 @@
 """Convert parquet files to tar shards: `wds-convnext shards`, from a checkout."""
 
+import sys
+
 from wds_convnext.cli import main
 
 if __name__ == "__main__":
-    main(["shards"])
+    main(["shards", *sys.argv[1:]])

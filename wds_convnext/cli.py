@@ -122,7 +122,7 @@ def main(args: list[str] | None = None) -> None:
     # 2 cores, a step took 2.5 s with libgomp's default spinning, 0.35 s with this, 0.1 s alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        commands(args and args + sys.argv[1:])
+        commands(args)
     except WdsConvnextError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)

@@ -54,6 +54,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     if resumed:
         config = fit_to_checkpoint(config, resumed["facts"], world)
     check_options(config)
+    workers = num_workers(config.workers, world)
     train_set, val_set, val_spec = _open_splits(config)
     order = TrainOrder(
         train_set.sizes,
@@ -88,7 +89,6 @@ def _train(config: TrainConfig, compute: Compute) -> int:
         world_size=world.size,
         start=state.step * config.accumulate,
     )
-    workers = num_workers(config.workers, world)
     batches = make_loader(stream, workers=workers, pin_memory=compute.device.type == "cuda")
     validate = None
     if val_set is not None:

@@ -1,0 +1,208 @@
+"""What a user sees: one line for what they can mend, exit code 2, and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CLASS_NAMES, TINY_RUN, write_parquet
+
+from wds_convnext.cli import main
+from wds_convnext.reshard import reshard
+
+
+def call(capsys, *args) -> tuple[int, str, str]:
+    """The exit code, standard output and standard error of a command, in this process."""
+    try:
+        main([str(arg) for arg in args])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def train_args(shards, out, **options) -> list:
+    flat = [part for pair in (TINY_RUN | options).items() for part in pair]
+    return ["train", "--shards", shards / "train.json", "--out", out, *flat]
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """The folder of a run of two epochs."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in train_args(shards, out, **{"--epochs": 2})])
+    assert stop.value.code == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"--shards": "nowhere/train-<000..002>.tar"}, "there is no folder nowhere"),
+        ({"--shards": "{shards}/train-<000..007>.tar"}, "train-003.tar"),
+        ({"--shards": "{shards}/trian-*.tar"}, "Did you mean"),
+        ({"--shards": "{shards}"}, "holds the splits test, train, validation"),
+        ({"--val-shards": "{other}/validation.json"}, "class names differ"),
+        ({"--model": "convnext_bsae"}, "Did you mean convnext_base"),
+        ({"--batch-size": 7}, "must be even"),
+        ({"--workers": 200}, "--workers 200: this machine has"),
+        ({"--image-size": 8}, "--image-size 8: the model cannot take it"),
+        ({"--init-from": "nothing.pt"}, "nothing.pt: no such file"),
+        ({"--device": "gpu"}, "--device gpu: no such device"),
+        ({"--amp": "fp16"}, "--amp fp16 needs CUDA"),
+        ({"--recipe": "artcle"}, "Did you mean article"),
+        ({"--config": "{config}"}, "no option is called 'epoch'. Did you mean epochs"),
+        ({"--resume": "nothing"}, "nothing: no such file or folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(capsys, shards, tmp_path, options, said):
+    """What was found and what to do, on standard error; no folder is made."""
+    write_parquet(tmp_path / "other", "validation", [4], classes=["emu", "fox", "gnu", "hen"])
+    reshard(str(tmp_path / "other"), str(tmp_path / "other"), quiet=True)
+    (tmp_path / "config.toml").write_text("epoch = 5\n")
+    places = {"shards": shards, "other": tmp_path / "other", "config": tmp_path / "config.toml"}
+    options = {key: str(value).format(**places) for key, value in options.items()}
+
+    code, out, err = call(capsys, *train_args(shards, tmp_path / "run", **options))
+
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(capsys, shards, finished):
+    """Without --resume or --overwrite: refused, and not a byte changes."""
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+
+    code, _, err = call(capsys, *train_args(shards, finished))
+
+    assert code == 2
+    assert f"already holds a run. Continue it with --resume {finished}" in err
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(capsys, shards, tmp_path, finished):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "step-000000999.pt").write_bytes((finished / "last.pt").read_bytes())
+
+    code, _, _ = call(
+        capsys, *train_args(shards, out, **{"--epochs": 1, "--max-steps": 2}), "--overwrite"
+    )
+
+    assert code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "step-000000999.pt").exists()
+
+
+def test_a_run_prints_and_logs_what_the_article_did(shards, finished):
+    """Its scalars under its names, its lines, and a grid of images."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = EventAccumulator(str(finished)).Reload().Tags()
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+
+    article = {"train/loss", "train/lr", "train/epoch_loss", "val/loss", "val/accuracy"}
+    assert article | {"train/images_per_s", "train/data_wait", "train/grad_norm"} <= set(
+        tags["scalars"]
+    )
+    assert tags["images"]
+    assert article <= {key for line in lines for key in line}
+    assert json.loads((finished / "status.json").read_text())["status"] == "finished"
+
+
+def test_checkpoints_hold_clean_timm_keys_and_what_is_needed_to_use_them(finished):
+    """Loadable without this package, by timm's own names."""
+    import timm
+
+    content = torch.load(finished / "best.pt", weights_only=True)
+    model = timm.create_model("test_convnext", num_classes=4)
+
+    model.load_state_dict(content["model"])
+    assert content["facts"]["class_names"] == CLASS_NAMES
+    assert content["facts"]["preprocessing"]["image_size"] == 32
+
+
+def test_eval_reports_the_best_checkpoint_on_its_validation_split(capsys, finished):
+    """As text and as JSON; the numbers are those of the validation that chose it."""
+    code, out, _ = call(capsys, "eval", "--checkpoint", finished, "--device", "cpu")
+    _, as_json, _ = call(capsys, "eval", "--checkpoint", finished, "--device", "cpu", "--json")
+    result = json.loads(as_json)
+    best = torch.load(finished / "best.pt", weights_only=True)
+
+    assert code == 0
+    assert "top-1" in out and "95 % interval" in out and "validation split, 13 samples" in out
+    assert result["num_samples"] == 13
+    assert result["top1"] == best["best_top1"]
+    assert result["model"] == "test_convnext"
+
+
+def test_eval_without_options_takes_the_newest_run(capsys, finished, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+
+    code, out, _ = call(capsys, "eval", "--device", "cpu")
+
+    assert code == 0
+    assert "runs/one/best.pt" in out
+
+
+def test_eval_of_another_data_set_is_refused(capsys, finished, tmp_path):
+    write_parquet(tmp_path / "in", "test", [6], classes=["a", "b", "c"])
+    reshard(str(tmp_path / "in"), str(tmp_path / "out"), quiet=True)
+
+    code, _, err = call(
+        capsys, "eval", "--checkpoint", finished, "--shards", tmp_path / "out" / "test.json"
+    )
+
+    assert code == 2
+    assert "its 3 classes are not the 4" in err
+
+
+def test_eval_of_a_damaged_checkpoint_is_refused(capsys, finished, tmp_path):
+    data = bytearray((finished / "best.pt").read_bytes())
+    data[1000] ^= 4
+    (tmp_path / "best.pt").write_bytes(data)
+
+    code, _, err = call(capsys, "eval", "--checkpoint", tmp_path / "best.pt")
+
+    assert code == 2
+    assert "best.pt: damaged" in err
+
+
+def test_shards_of_a_missing_source_names_both_remedies(capsys, tmp_path):
+    code, _, err = call(capsys, "shards", tmp_path / "nothing", "--out", tmp_path / "out")
+
+    assert code == 2
+    assert "make data" in err and "make demo" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_complete_grouped_and_instant(capsys):
+    """Every heading; and in a process of its own it takes no torch."""
+    code, out, _ = call(capsys, "train", "--help")
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfrom wds_convnext.cli import commands\n"
+            "commands(['train', '--help'], standalone_mode=False)\n"
+            "print([m for m in ('torch', 'timm', 'webdataset', 'pyarrow') if m in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+
+    assert code == 0
+    for heading in ("Data:", "Augmentation:", "Model:", "Optimisation:", "Machine:", "Run:"):
+        assert heading in out
+    assert loaded.stdout.splitlines()[-1] == "[]"
