@@ -1,6 +1,7 @@
 """What a user sees: one line for what they can mend, exit code 2, and nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -206,3 +207,32 @@ def test_help_is_complete_grouped_and_instant(capsys):
     for heading in ("Data:", "Augmentation:", "Model:", "Optimisation:", "Machine:", "Run:"):
         assert heading in out
     assert loaded.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_resume_takes_the_runs_own_options(capsys, finished, tmp_path):
+    """Only --resume is given: everything else comes from the run's config.toml."""
+    shutil.copytree(finished, tmp_path / "run")
+
+    code, out, _ = call(capsys, "train", "--resume", tmp_path / "run", "--epochs", 3)
+
+    assert code == 0
+    assert "test_convnext" in out and "3 epochs" in out and "Resumed at step 13." in out
+    assert "Train Epoch: 2" in out and "Train Epoch: 1" not in out
+
+
+def test_resume_starts_a_run_where_there_is_none(capsys, shards, tmp_path):
+    """With --out, one command line serves for every start of a job."""
+    arguments = train_args(shards, tmp_path / "run", **{"--max-steps": 1})
+
+    first, out, _ = call(capsys, *arguments, "--resume")
+    second, again, _ = call(capsys, *arguments, "--resume")
+
+    assert first == second == 0
+    assert "Resumed" not in out and "Resumed at step 1." in again
+
+
+def test_train_without_shards_says_so(capsys, tmp_path):
+    code, _, err = call(capsys, "train", "--out", tmp_path / "run")
+
+    assert code == 2
+    assert "--shards is missing" in err

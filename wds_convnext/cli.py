@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from wds_convnext import __version__
 from wds_convnext.config import EvalConfig, ShardsConfig, TrainConfig
-from wds_convnext.errors import WdsConvnextError
+from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.options import (
     GroupedCommand,
     GroupedOption,
     add_options,
+    read_toml,
     recipe_path,
     toml_layer,
 )
@@ -23,14 +25,6 @@ from wds_convnext.options import (
 @click.version_option(__version__, package_name="wds-convnext")
 def commands() -> None:
     """Train image classifiers from WebDataset tar shards."""
-
-
-def _run_config(value: str) -> Path:
-    """The config.toml of the run that `--resume` names."""
-    from wds_convnext.folder import resumed_from
-
-    folder, _ = resumed_from(value, None)
-    return folder / "config.toml"
 
 
 @commands.command(cls=GroupedCommand)
@@ -54,7 +48,8 @@ def _run_config(value: str) -> Path:
     help="A TOML file of these options (image_size = 224). Stronger than --recipe, weaker than "
     "the environment (WDS_CONVNEXT_TRAIN_IMAGE_SIZE) and the command line.",
 )
-def train(**options) -> None:
+@click.pass_context
+def train(ctx: click.Context, **options) -> None:
     """Train a classifier on tar shards.
 
     With no option but --shards it is the article's run: convnext_base, 300 epochs.
@@ -63,9 +58,24 @@ def train(**options) -> None:
     continued with --resume; 2 something to mend, in one line; 130 stopped at once by a second
     Ctrl-C.
     """
+    if options["resume"]:
+        options |= _options_of_the_run(ctx, options)
+    if options["shards"] is None:
+        raise UsageError("--shards is missing. Name them: --shards 'data/train-<000..012>.tar'.")
     from wds_convnext.run import run_training
 
     sys.exit(run_training(TrainConfig(**options)))
+
+
+def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
+    """What the resumed run's config.toml says for options that nothing else sets."""
+    from wds_convnext.folder import resumed_from
+
+    folder, _ = resumed_from(options["resume"], options["out"])
+    path = folder / "config.toml"
+    content = read_toml(path, TrainConfig) if path.is_file() else {}
+    unset = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.DEFAULT}
+    return {name: value for name, value in content.items() if name in unset}
 
 
 @commands.command(name="eval", cls=GroupedCommand)

@@ -1,7 +1,7 @@
 """One frozen dataclass per command; `options` derives click's options from its fields."""
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -13,17 +13,17 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=None) -> Any:
-    """A dataclass field that is also a click option. `...` as default makes it required."""
+    """A dataclass field that is also a click option."""
     metadata = {"help": help, "group": group, "type": type, "flag_value": flag_value}
-    return field(default=MISSING if default is ... else default, metadata=metadata, kw_only=True)
+    return field(default=default, metadata=metadata, kw_only=True)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run. The defaults are the article's."""
 
-    shards: str = option(
-        ...,
+    shards: str | None = option(
+        None,
         "Training shards: 'data/train-<000..012>.tar', "
         "'data/train-{000..012}.tar', a glob, a folder, a manifest, or a comma "
         "list.",

@@ -38,7 +38,7 @@ _WRITTEN_BY_A_RUN = (
 
 
 def choose(config: TrainConfig, world: World, *, warn: Callable) -> tuple[Path, dict | None]:
-    """The run's folder, and the checkpoint to resume from, if it is a resume.
+    """The run's folder, and the checkpoint to resume from, if there is one to resume.
 
     Raises:
         UsageError: if the folder already holds a run that is neither resumed nor overwritten.
@@ -46,6 +46,8 @@ def choose(config: TrainConfig, world: World, *, warn: Callable) -> tuple[Path, 
     """
     if config.resume is not None:
         folder, path = resumed_from(config.resume, config.out)
+        if config.out and not path and not any(folder.glob("*.pt")):
+            return folder, None  # so that one command line serves for every start of a job
         return folder, load_checkpoint(path) if path else load_newest(folder, warn=warn)
     named = time.strftime(f"{config.model}-%Y%m%d-%H%M%S")
     folder = Path(config.out) if config.out else RUNS / broadcast_object(named, world)

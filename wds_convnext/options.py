@@ -4,9 +4,10 @@ Precedence is click's own: command line, then environment (`WDS_CONVNEXT_TRAIN_L
 `default_map`, which TOML files fill, then the field's default.
 """
 
+import json
 import tomllib
 from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import Field, asdict, fields
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -16,8 +17,8 @@ import click
 
 from wds_convnext.errors import UsageError, did_you_mean
 
-# TOML layers, weakest first: a resumed run's own config, a recipe, the user's file.
-LAYERS = ("resume", "recipe", "config")
+# TOML layers, weakest first.
+LAYERS = ("recipe", "config")
 
 
 def add_options(config_class: type) -> Callable:
@@ -33,14 +34,12 @@ def add_options(config_class: type) -> Callable:
 
 def _click_option(spec: Field) -> Callable:
     name = spec.name.replace("_", "-")
-    required = spec.default is MISSING
     types = [t for t in get_args(spec.type) if t is not type(None)]
     value_type = types[0] if get_origin(spec.type) is UnionType else spec.type
     settings = {
         "help": spec.metadata["help"],
-        "required": required,
-        "default": None if required else spec.default,
-        "show_default": not required and spec.default not in (None, False),
+        "default": spec.default,
+        "show_default": spec.default not in (None, False),
         "cls": GroupedOption,
         "group": spec.metadata["group"],
     }
@@ -100,7 +99,7 @@ def read_toml(path: Path, config_class: type) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}. Give a TOML file of options.") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(f"{path}: not TOML: {error}.") from None
     for key in content:
         if key not in known:
@@ -127,11 +126,10 @@ def format_toml(config) -> str:
     """A config as TOML that `--config` reads back; options that are None are left out."""
     lines = []
     for name, value in asdict(config).items():
-        if name in ("resume", "overwrite") or value is None:
+        if name in ("out", "resume", "overwrite") or value is None:
             continue
         if isinstance(value, str):
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            value = f'"{escaped}"'
+            value = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         elif isinstance(value, bool):
             value = str(value).lower()
         lines.append(f"{name} = {value}")
