@@ -11,13 +11,14 @@ SRC ?= mini-imagenet
 OUT ?= data
 SHARDS_OPTIONS ?=
 
-.PHONY: help install demo test test-quick lint data shards clean
+.PHONY: help install demo test test-quick torture lint data shards clean
 
 help:
 	@echo "make demo        convert, train and evaluate on a small real data set, offline"
 	@echo "make test        all tests (make test-quick: those that take a moment)"
 	@echo "make data        download timm/mini-imagenet (7 GB)"
 	@echo "make shards      parquet files in SRC=$(SRC) to tar shards in OUT=$(OUT)"
+	@echo "make torture     kill and resume a run dozens of times, compare bit for bit"
 	@echo "make lint        lint and format checks"
 	@echo "make clean       delete the demo's folder"
 
@@ -51,6 +52,10 @@ test: $(INSTALLED)
 
 test-quick: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow"
+
+torture: $(INSTALLED)
+	@$(BIN)/python tools/make_sample.py demo/digits
+	@$(BIN)/python tools/torture.py demo/digits
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def uninterrupted(shards, tmp_path_factory):
     return comparable(out)
 
 
-def start(command: list[str]) -> subprocess.Popen:
+def start(command: list[str], **env) -> subprocess.Popen:
     """Start a run in a process group of its own."""
     return subprocess.Popen(
         command,
@@ -73,7 +73,7 @@ def start(command: list[str]) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
 
 

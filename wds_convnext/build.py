@@ -144,9 +144,7 @@ def build_recipe(
     forward, no_sync = state.model, nullcontext
     if compute.world.size > 1:
         ids = [compute.device.index] if compute.device.type == "cuda" else None
-        forward = DistributedDataParallel(
-            forward, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
         no_sync = forward.no_sync
     return StepRecipe(
         forward=torch.compile(forward, dynamic=False) if compute.compiled else forward,

@@ -55,6 +55,11 @@ class TrainConfig:
         group="Data",
         type=click.IntRange(0, 256),
     )
+    check_shards: bool = option(
+        False,
+        "Compare every shard's SHA-256 with its manifest before starting.",
+        group="Data",
+    )
     max_bad_samples: float = option(
         0.001,
         "Share of an epoch's samples that may be replaced because they do not decode.",

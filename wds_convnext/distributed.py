@@ -76,6 +76,12 @@ def _choose_device(name: str, world: World) -> torch.device:
     return device
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or did not come."""
+    told = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in told or "NCCL" in told
+
+
 def leave_world(world: World) -> None:
     """Leave the process group, if there is one."""
     if world.size > 1 and dist.is_initialized():

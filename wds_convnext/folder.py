@@ -35,6 +35,23 @@ _WRITTEN_BY_A_RUN = (
     "step-*.pt",
     "events.out.tfevents.*",
 )
+# Options that may differ on a resume without changing what is computed.
+_FREE_OPTIONS = (
+    "shards",
+    "val_shards",
+    "workers",
+    "batch_size",
+    "device",
+    "amp",
+    "compile",
+    "max_steps",
+    "save_every",
+    "keep",
+    "check_shards",
+    "out",
+    "resume",
+    "overwrite",
+)
 
 
 def choose(config: TrainConfig, world: World, *, warn: Callable) -> tuple[Path, dict | None]:
@@ -110,12 +127,13 @@ def check_resumable(then: dict, now: dict, *, warn: Callable) -> None:
             f"--resume: the checkpoint's stream of samples had {told}. Resume with the same, or "
             "start afresh without --resume, in another --out."
         )
-    for key, value in then["environment"].items():
-        if now["environment"].get(key) != value:
-            warn(
-                f"Resuming with {key} {now['environment'].get(key)}, the checkpoint had {value}: "
-                "the run goes on, but not bit for bit as it would have."
-            )
+    for part, without in (("environment", ()), ("config", _FREE_OPTIONS)):
+        for key, value in then[part].items():
+            if key not in without and now[part].get(key) != value:
+                warn(
+                    f"Resuming with {key} {now[part].get(key)}, the checkpoint had {value}: "
+                    "the run goes on, but not bit for bit as it would have."
+                )
 
 
 def _short(value) -> str:
@@ -127,16 +145,21 @@ def prepare(folder: Path, config: TrainConfig, *, fresh: bool) -> None:
     """Make the folder ready: clear what a former run left there, write config.toml."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            for path in _files_of_a_run(folder):
-                path.unlink()
+        for path in _files_of_a_run(folder) if fresh else _half_written(folder):
+            path.unlink()
         write_atomically(folder / "config.toml", format_toml(config).encode())
     except OSError as error:
         raise UsageError(f"--out {folder}: {error.strerror}. Choose another folder.") from None
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:
-    return [path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern)]
+    whole = [path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern)]
+    return whole + _half_written(folder)
+
+
+def _half_written(folder: Path) -> list[Path]:
+    """Temporary files that a kill left behind."""
+    return [path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern + ".tmp")]
 
 
 def save(folder: Path, name: str, *, state, facts: dict, keep: int, world: World) -> None:

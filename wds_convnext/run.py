@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import click
+from tqdm import tqdm
 
 from wds_convnext import folder as run_folder
 from wds_convnext.build import (
@@ -21,13 +22,13 @@ from wds_convnext.build import (
 from wds_convnext.checkpoint import load_checkpoint
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.device import Normalizer, prefetch_to_device
-from wds_convnext.distributed import join_world, leave_world
-from wds_convnext.errors import DataError, ShardError, UsageError
+from wds_convnext.distributed import is_lost_peer, join_world, leave_world
+from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
 from wds_convnext.evaluate import EvalResult, evaluate
 from wds_convnext.metrics import RunLog
 from wds_convnext.model import IMAGENET_MEAN, IMAGENET_STD, create_model
 from wds_convnext.order import EvalOrder, TrainOrder
-from wds_convnext.reader import find_validation, open_shards
+from wds_convnext.reader import check_sha256, find_validation, open_shards
 from wds_convnext.shards import ShardSet
 from wds_convnext.stream import Batch, ShardStream, make_loader
 from wds_convnext.train import TrainState, fit
@@ -42,6 +43,14 @@ def run_training(config: TrainConfig) -> int:
     try:
         compiled = device.type == "cuda" if config.compile is None else config.compile
         return _train(config, Compute(world, device, choose_amp(config.amp, device), compiled))
+    except RuntimeError as error:
+        if world.size == 1 or not is_lost_peer(error):
+            raise
+        raise TrainingError(
+            f"rank {world.rank}: another process of the run is gone "
+            f"({str(error).splitlines()[0]}). Nothing was saved from this step; continue with "
+            "--resume, or let torchrun --max-restarts do so."
+        ) from None
     finally:
         leave_world(world)
 
@@ -238,6 +247,10 @@ def _open_splits(config: TrainConfig) -> tuple[ShardSet, ShardSet | None, str | 
             f"{spec}: its {val_set.num_classes} class names differ from the "
             f"{train_set.num_classes} of {config.shards}. Use splits of one data set."
         )
+    if config.check_shards:
+        for shard_set in filter(None, (train_set, val_set)):
+            for shard in tqdm(shard_set.shards, desc=f"Checking {shard_set.split}", unit="shard"):
+                check_sha256(shard)
     return train_set, val_set, spec
 
 
