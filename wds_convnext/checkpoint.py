@@ -7,6 +7,7 @@ is (what follows a zip archive is ignored), and any flipped or missing byte is f
 import hashlib
 import io
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -73,7 +74,13 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
             f"{path}: damaged, or no checkpoint of wds-convnext (its checksum does not fit). "
             "Use another one of the run; plain state dicts go to --init-from."
         )
-    content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: whole, but holds more than weights and plain values "
+            f"({str(error).splitlines()[0]}). It was not written by this version."
+        ) from None
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {content.get('format')}, expected {FORMAT}. "
