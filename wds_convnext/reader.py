@@ -6,6 +6,7 @@ sample costs about 17 us; iterating over a tar costs 107-141 us.
 """
 
 import glob
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from wds_convnext.shards import (
 )
 from wds_convnext.tarindex import (
     BLOCK,
-    IMAGE_EXTENSIONS,
+    Member,
     TarIndex,
     index_samples,
     read_samples,
@@ -55,7 +56,7 @@ class SampleReader:
         self.num_opened = 0
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
-        self._members_of = lru_cache(maxsize=64)(read_samples)
+        self._members_of = lru_cache(maxsize=64)(_read_members)
 
     def read(self, shard: int, sample: int) -> tuple[bytes, int]:
         """The encoded image and the label of one sample.
@@ -70,7 +71,7 @@ class SampleReader:
         start = min(image[0], label[0]) - BLOCK
         end = max(sum(image), sum(label))
         if end - start <= image[1] + label[1] + _MAX_GAP:
-            span = os.pread(self._file(shard), end - start, start)
+            span = self._pread(shard, end - start, start)
             image_data = self._member(shard, image, span, start)
             label_data = self._member(shard, label, span, start)
         else:
@@ -89,16 +90,15 @@ class SampleReader:
     def read_raw(self, shard: int, sample: int) -> dict:
         """A sample as webdataset's dict: `__key__`, `__url__`, and bytes per extension."""
         path = self.shards[shard].path
-        members = self._members_of(path)[sample]
+        members = self._members_of(self.shards[shard])[sample]
         data = {m.extension: self._read_member(shard, (m.offset, m.num_bytes)) for m in members}
         return {"__key__": members[0].key, "__url__": path, **data}
 
     def describe(self, shard: int, sample: int) -> dict:
         """Shard, key and byte offset of a sample's image, for messages and reports."""
-        path = self.shards[shard].path
-        members = self._members_of(path)[sample]
-        image = next(m for m in members if m.extension in IMAGE_EXTENSIONS)
-        return {"shard": path, "key": image.key, "offset": image.offset}
+        key = self._members_of(self.shards[shard])[sample][0].key
+        offset = int(self._index(shard).image_offset[sample])
+        return {"shard": self.shards[shard].path, "key": key, "offset": offset}
 
     def close(self) -> None:
         """Close the shards; reading again opens them again."""
@@ -107,8 +107,17 @@ class SampleReader:
 
     def _read_member(self, shard: int, member: tuple[int, int]) -> bytes:
         start = member[0] - BLOCK
-        span = os.pread(self._file(shard), member[1] + BLOCK, start)
+        span = self._pread(shard, member[1] + BLOCK, start)
         return self._member(shard, member, span, start)
+
+    def _pread(self, shard: int, num_bytes: int, start: int) -> bytes:
+        try:
+            return os.pread(self._file(shard), num_bytes, start)
+        except OSError as error:
+            raise ShardError(
+                f"{self.shards[shard].path}: byte {start:,} cannot be read ({error.strerror}). "
+                "Look at the disk or network that holds it."
+            ) from None
 
     def _member(self, shard: int, member: tuple[int, int], span: bytes, start: int) -> bytes:
         """The data of a member (offset, bytes) within `span`, the shard's bytes from `start`."""
@@ -127,7 +136,10 @@ class SampleReader:
         try:
             if self._index(shard).label_extension == "cls":
                 return int(data)
-            return int(json.loads(data)[self.label_field])
+            label = json.loads(data)[self.label_field]
+            if isinstance(label, float) and not label.is_integer():
+                raise ValueError(label)
+            return int(label)
         except (ValueError, KeyError, TypeError):
             where = self.describe(shard, sample)
             raise DataError(
@@ -151,7 +163,8 @@ class SampleReader:
     def _index(self, shard: int) -> TarIndex:
         if shard not in self._indexes:
             index = load_index(self.shards[shard])
-            while self._indexes and sum(map(len, self._indexes.values())) > self.max_indexed:
+            room = self.max_indexed - len(index)
+            while self._indexes and sum(map(len, self._indexes.values())) > room:
                 self._indexes.popitem(last=False)
             self._indexes[shard] = index
         self._indexes.move_to_end(shard)
@@ -177,14 +190,19 @@ def load_index(shard: Shard) -> TarIndex:
     Raises:
         ShardError: if the shard is missing, or its size or number of samples is another.
     """
+    return index_samples(shard.path, _read_members(shard))
+
+
+def _read_members(shard: Shard) -> list[list[Member]]:
+    """The members of each sample of one shard; checked, and raises, as `load_index` does."""
     check_size(shard)
-    index = index_samples(shard.path, read_samples(shard.path))
-    if len(index) != shard.num_samples:
+    samples = read_samples(shard.path)
+    if len(samples) != shard.num_samples:
         raise ShardError(
-            f"{shard.path}: its index has {len(index)} samples, expected {shard.num_samples}. "
+            f"{shard.path}: its index has {len(samples)} samples, expected {shard.num_samples}. "
             "Delete the .idx beside it, or run make shards."
         )
-    return index
+    return samples
 
 
 def check_size(shard: Shard) -> None:
@@ -201,6 +219,23 @@ def check_size(shard: Shard) -> None:
         raise ShardError(
             f"{shard.path}: {num_bytes:,} bytes, but its manifest says {shard.num_bytes:,}. "
             "The shard is cut short or another file: copy it again, or run make shards."
+        )
+
+
+def check_sha256(shard: Shard) -> None:
+    """Compare a shard's bytes with its manifest's checksum, if it has one.
+
+    Raises:
+        ShardError: if they differ.
+    """
+    if shard.sha256 is None:
+        return
+    with open(shard.path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != shard.sha256:
+        raise ShardError(
+            f"{shard.path}: its SHA-256 is {found[:16]}…, but its manifest says "
+            f"{shard.sha256[:16]}…. Copy the shard again, or write it again with make shards."
         )
 
 
@@ -246,7 +281,15 @@ def _from_manifests(paths: list[str], manifest_paths: list[str]) -> ShardSet:
         raise ShardError(
             f"{' and '.join(manifest_paths)}: their class names differ. Use one data set."
         )
-    listed = {shard.path: shard for manifest in manifests for shard in manifest.shards}
+    if len({manifest.label_field for manifest in manifests}) > 1:
+        raise ShardError(
+            f"{' and '.join(manifest_paths)}: their labels stand in different .json fields. "
+            "Use one data set."
+        )
+    listed = {
+        os.path.normpath(shard.path): shard for manifest in manifests for shard in manifest.shards
+    }
+    paths = list(map(os.path.normpath, paths))
     for path in paths:
         if path not in listed:
             raise ShardError(
@@ -255,7 +298,7 @@ def _from_manifests(paths: list[str], manifest_paths: list[str]) -> ShardSet:
         check_size(listed[path])
     first = manifests[0]
     shards = tuple(listed[path] for path in paths)
-    return ShardSet(first.dataset, first.split, shards, first.class_names)
+    return ShardSet(first.dataset, first.split, shards, first.class_names, first.label_field)
 
 
 def _survey(paths: list[str], progress: Callable) -> ShardSet:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ class ShardSet:
     split: str
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...]
+    label_field: str = "label"  # of .json labels
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -74,6 +76,11 @@ class Manifest:
     class_names: tuple[str, ...]
     source: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
+
+    @property
+    def label_field(self) -> str:
+        """Where labels in .json members stand; `wds-convnext index` notes it."""
+        return self.options.get("label_field", "label")
 
     def write(self, path: str | os.PathLike) -> None:
         """Write the manifest beside its shards, atomically."""
@@ -116,6 +123,9 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
             )
             for entry in content["shardlist"]
         )
+        written_as = content.get("format", MANIFEST_FORMAT)
+        if written_as != MANIFEST_FORMAT:
+            raise ValueError(f"format {written_as!r}, expected {MANIFEST_FORMAT!r}")
         return Manifest(
             dataset=content.get("name", ""),
             split=content.get("split", Path(path).stem),
@@ -145,32 +155,46 @@ def staging_path(manifest_path: str | os.PathLike) -> str:
 
 
 def split_of(shard_name: str) -> str:
-    """The split in a shard's name: `train-000.tar` -> `train`."""
+    """The split in a shard's name: `train-000.tar` -> `train`; `all` for a bare number."""
     stem = os.path.basename(shard_name).removesuffix(".tar")
-    return re.sub(r"[-_]?\d+$", "", stem) or stem
+    return re.sub(r"[-_]?\d+$", "", stem) or "all"
 
 
-def expand_spec(spec: str) -> list[str]:
+def expand_spec(spec: str, *, allow_missing: bool = False) -> list[str]:
     """The shard files that a spec names, in order.
 
     A spec is `data/train-<000..012>.tar`, the brace form `{000..012}`, a glob, a folder,
     a manifest, one file, or a comma list of these.
 
     Raises:
-        ShardError: if a range has missing files (they are named), or nothing matches.
+        ShardError: if nothing matches, or a range has missing files (they are named) and not
+            `allow_missing`.
     """
     paths = []
-    for part in filter(None, (part.strip() for part in re.split(r",(?![^{]*\})", spec))):
-        paths += _expand_part(local_path(part))
+    for part in _split_commas(spec):
+        paths += _expand_part(local_path(part), allow_missing)
     if not paths:
         raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
-    twice = sorted({path for path in paths if paths.count(path) > 1}) if len(paths) < 10_000 else []
+    counts = Counter(map(os.path.abspath, paths))
+    twice = [path for path in paths if counts[os.path.abspath(path)] > 1]
     if twice:
         raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
     return paths
 
 
-def _expand_part(part: str) -> list[str]:
+def _split_commas(spec: str) -> list[str]:
+    """The parts of a comma list; a comma inside braces belongs to its part."""
+    parts, depth = [""], 0
+    for char in spec:
+        depth += (char == "{") - (char == "}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _expand_part(part: str, allow_missing: bool) -> list[str]:
     braces = re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
     if braces.endswith(".json"):
         return [shard.path for shard in read_manifest(braces).shards]
@@ -184,11 +208,14 @@ def _expand_part(part: str) -> list[str]:
             )
         return found or _nothing(part)
     if "{" in braces:
-        names = list(braceexpand.braceexpand(braces))
+        try:
+            names = list(braceexpand.braceexpand(braces))
+        except braceexpand.UnbalancedBracesError:
+            raise ShardError(f"{part}: its braces do not pair. Write {{000..012}}.") from None
         missing = [name for name in names if not os.path.isfile(name)]
         if len(missing) == len(names):
             return _nothing(part)
-        if missing:
+        if missing and not allow_missing:
             shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             raise ShardError(
                 f"{part}: {len(missing)} of {len(names)} shards are missing: {shown}. "
@@ -200,7 +227,7 @@ def _expand_part(part: str) -> list[str]:
     if re.search(r"[*?\[]", braces):
         anchor = Path(braces).anchor or "."
         found = sorted(str(path) for path in Path(anchor).glob(braces.removeprefix(anchor)))
-        return found or _nothing(part)
+        return [path for path in found if path.endswith(".tar")] or _nothing(part)
     return _nothing(part)
 
 
@@ -210,7 +237,8 @@ def _nothing(part: str) -> list[str]:
         raise ShardError(
             f"{part}: no shard matches: there is no folder {folder}. Run make shards first."
         )
-    here = sorted(str(path) for path in Path(folder).rglob("*.tar"))
+    # Two levels: a mistyped path in a home folder must not be answered by a walk of it all.
+    here = sorted(str(path) for deep in ("*.tar", "*/*.tar") for path in Path(folder).glob(deep))
     hint = did_you_mean(part, here) or (f" There is {here[0]}." if here else "")
     raise ShardError(f"{part}: no shard matches.{hint} Run make shards to write shards.")
 

@@ -6,6 +6,7 @@ headers takes its place.
 """
 
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from wds_convnext.errors import ShardError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 LABEL_EXTENSIONS = ("cls", "json")
 _SIDECAR_VERSION = "v1.2"
+# As in webdataset: key, dot, extension. Hidden files and `__meta__` entries are no members.
+_NAME_OF_SAMPLE = re.compile(r"(?!__[^/]*__($|/))(.*/)?[^./]+\.[^/]+$", re.DOTALL)
 BLOCK = 512  # bytes; a member is a header of one block, then its data padded to whole blocks
 
 
@@ -76,35 +79,54 @@ def walk_tar(path: str) -> Iterator[list[Member]]:
                     "and the members of a sample must stand together."
                 )
             seen.add(member.key)
+        if member.extension in {other.extension for other in sample}:
+            raise ShardError(
+                f"{path}, key {member.key}: more than one .{member.extension} member. "
+                "Write the shard again."
+            )
         sample.append(member)
     if sample:
         yield sample
 
 
 def _members(path: str) -> Iterator[Member]:
-    size = os.path.getsize(path)
     end = 0
     try:
+        size = os.path.getsize(path)
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                end = info.offset_data + -(-info.size // BLOCK) * BLOCK
+                end = _end_of(info.offset_data, info.size)
                 if end > size:
                     break
-                if info.isfile():
+                if info.isfile() and _NAME_OF_SAMPLE.match(info.name):
                     yield Member(info.name, info.offset_data, info.size)
     except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{path}: not a readable tar file ({error}).") from None
     # tarfile takes a damaged header, like the end of the file, for the end of the archive.
+    _check_end(path, end)
+
+
+def _end_of(offset: int, num_bytes: int) -> int:
+    """Where a member's last block ends, given where its data starts."""
+    return offset + -(-num_bytes // BLOCK) * BLOCK
+
+
+def _check_end(path: str, end: int) -> None:
+    """Check that a tar ends at a byte: from there on at least one block of zeros, nothing else."""
+    size = os.path.getsize(path)
+    if end + BLOCK > size:
+        raise ShardError(
+            f"{path}: cut short: {size:,} bytes, without the end-of-archive mark that is due at "
+            f"byte {end:,}. Copy the shard, and its .idx if it has one, or write it again."
+        )
     with open(path, "rb") as file:
         file.seek(end)
-        rest = file.read(2 * BLOCK)
-    if end > size or len(rest) < BLOCK:
-        raise ShardError(
-            f"{path}: cut short at byte {size:,}: the end-of-archive mark is missing. "
-            "Copy or write the shard again."
-        )
-    if any(rest):
-        raise ShardError(f"{path}: damaged: no member header at byte {end:,}. Write it again.")
+        while rest := file.read(1 << 20):
+            if rest.strip(b"\0"):
+                raise ShardError(
+                    f"{path}: damaged, or more than its index knows: no end of the archive at "
+                    f"byte {end:,}. Delete its .idx if it has one, or write the shard again."
+                )
 
 
 def sidecar_path(shard_path: str | os.PathLike) -> str:
@@ -124,8 +146,9 @@ def sidecar_head(num_samples: int) -> bytes:
 
 def format_sidecar_line(sample: Iterable[Member]) -> bytes:
     """The line of one sample in a sidecar."""
-    members = (f"{m.extension} {m.offset} {m.num_bytes} {'_'.join(m.name.split())}" for m in sample)
-    return " ".join(members).encode() + b"\n"
+    members = [Member("_".join(m.name.split()), m.offset, m.num_bytes) for m in sample]
+    line = " ".join(f"{m.extension} {m.offset} {m.num_bytes} {m.name}" for m in members)
+    return line.encode("utf-8", "surrogateescape") + b"\n"
 
 
 def read_sidecar(path: str | os.PathLike) -> list[list[Member]]:
@@ -135,12 +158,13 @@ def read_sidecar(path: str | os.PathLike) -> list[list[Member]]:
         ShardError: if it is not a whole sidecar of version 1.2.
     """
     try:
-        head, *lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+        head, *lines = text.splitlines()
         version, num_samples = head.split()
         samples = [_parse_sidecar_line(line.split()) for line in lines]
         if version != _SIDECAR_VERSION or len(samples) != int(num_samples):
             raise ValueError(f"{head!r} before {len(samples)} samples")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ShardError(
             f"{path}: not a whole sidecar of version {_SIDECAR_VERSION} ({error}). "
             "Delete it (it is then made from the tar), or write the shards again."
@@ -192,6 +216,22 @@ def index_samples(path: str, samples: list[list[Member]]) -> TarIndex:
 
 
 def read_samples(path: str) -> list[list[Member]]:
-    """The members of each sample of a shard: from its sidecar, else by walking the tar."""
+    """The members of each sample of a shard: from its sidecar, else by walking the tar.
+
+    Raises:
+        ShardError: if the tar is damaged, or does not end where its sidecar says.
+    """
     sidecar = sidecar_path(path)
-    return read_sidecar(sidecar) if os.path.isfile(sidecar) else list(walk_tar(path))
+    if not os.path.isfile(sidecar):
+        return list(walk_tar(path))
+    samples = read_sidecar(sidecar)
+    end = 0
+    for member in (member for sample in samples for member in sample):
+        if member.offset < end + BLOCK or member.num_bytes < 0:
+            raise ShardError(
+                f"{sidecar}: {member.name} at byte {member.offset:,} overlaps what stands before "
+                "it. Delete the sidecar (it is then made from the tar)."
+            )
+        end = _end_of(member.offset, member.num_bytes)
+    _check_end(path, end)
+    return samples

@@ -1,0 +1,92 @@
+"""Spill files: how rows reach their shards in flat memory.
+
+One pass over the input copies the images into spill files, the rows of every few megabytes
+grouped by shard, and an index. Then each shard reads its own from all of them, in order. So the
+disk is written in long runs and read in runs, and memory holds one group at a time.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+_GROUP_BYTES = 8 << 20  # images held in memory until they are grouped by shard
+_INDEX_DTYPE = np.dtype(
+    [
+        ("shard", np.int32),
+        ("place", np.int32),
+        ("row", np.int64),
+        ("offset", np.int64),
+        ("num_bytes", np.int32),
+        ("label", np.int32),
+        ("extension", "S4"),
+    ]
+)
+
+
+class SpillWriter(AbstractContextManager):
+    """Writes a spill file `path` and its index `path.npy`, sorted by shard and place."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._images: list = []
+        self._pending: list[tuple] = []
+        self._pending_bytes = 0
+        self._offset = 0
+        self._indexes: list[np.ndarray] = []
+        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
+
+    def write(self, image, *, shard, place, row: int, label: int, extension: str) -> None:
+        self._pending.append((shard, place, row, 0, len(image), label, extension))
+        self._images.append(image)
+        self._pending_bytes += len(image)
+        if self._pending_bytes >= _GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        index = np.array(self._pending, dtype=_INDEX_DTYPE)
+        order = np.argsort(index["shard"], kind="stable")
+        for i in order.tolist():
+            self._file.write(self._images[i])
+        index = index[order]
+        sizes = index["num_bytes"].astype(np.int64)
+        index["offset"] = self._offset + np.cumsum(sizes) - sizes
+        self._offset += self._pending_bytes
+        self._indexes.append(index)
+        self._images.clear()
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            self._flush()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        index = np.concatenate(self._indexes)
+        with open(self.path + ".npy", "wb") as file:
+            np.save(file, index[np.lexsort((index["place"], index["shard"]))])
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_spilled(paths: list[str], shard: int) -> Iterator[tuple[bytes, np.void]]:
+    """The images of one shard in the order of their places, each with its index entry."""
+    indexes, owners = [], []
+    for number, path in enumerate(paths):
+        index = np.load(path + ".npy", mmap_mode="r")
+        begin, end = np.searchsorted(index["shard"], [shard, shard + 1])
+        indexes.append(np.array(index[begin:end]))
+        owners.append(np.full(end - begin, number, dtype=np.int32))
+    entries, owner = np.concatenate(indexes), np.concatenate(owners)
+    order = np.argsort(entries["place"])
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    try:
+        for i in order.tolist():
+            entry = entries[i]
+            yield os.pread(files[owner[i]], entry["num_bytes"], entry["offset"]), entry
+    finally:
+        for file in files:
+            os.close(file)
