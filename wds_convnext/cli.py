@@ -9,7 +9,14 @@ import click
 from click.core import ParameterSource
 
 from wds_convnext import __version__
-from wds_convnext.config import EvalConfig, ShardsConfig, TrainConfig
+from wds_convnext.config import (
+    EvalConfig,
+    IndexConfig,
+    InspectConfig,
+    ShardsConfig,
+    TrainConfig,
+    VerifyConfig,
+)
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.options import (
     GroupedCommand,
@@ -124,6 +131,64 @@ def shards(src: str, **options) -> None:
     options["jobs"] = options["jobs"] or os.cpu_count() or 1
     report = reshard(src, **options)
     click.echo(report)
+
+
+@commands.command(cls=GroupedCommand)
+@click.argument("shards")
+@add_options(VerifyConfig)
+def verify(shards: str, **options) -> None:
+    """Check shards against their manifest, their offsets and, if given, their input.
+
+    SHARDS is as for training; a folder stands for all splits in it.
+
+    Exit codes: 0 everything fits; 1 problems were found, one per line; 2 something to mend.
+    """
+    from wds_convnext.verify import verify as verify_shards
+
+    as_json = options.pop("json")
+    options["jobs"] = options["jobs"] or os.cpu_count() or 1
+    report = verify_shards(shards, **options)
+    click.echo(json.dumps(report.to_json()) if as_json else report)
+    sys.exit(1 if report.problems else 0)
+
+
+@commands.command(cls=GroupedCommand)
+@click.argument("shards")
+@add_options(InspectConfig)
+def inspect(shards: str, **options) -> None:
+    """Describe shards: counts, classes, image sizes, and how well training will mix the labels.
+
+    SHARDS is as for training; a folder stands for all splits in it. Parquet files (a folder, a
+    glob, a file) are described, too: schema, rows, row groups, compression.
+    """
+    from wds_convnext.inspection import inspect as inspect_shards
+
+    as_json = options.pop("json")
+    options["jobs"] = options["jobs"] or os.cpu_count() or 1
+    summaries = inspect_shards(shards, **options)
+    if as_json:
+        click.echo(json.dumps({"splits": [summary.to_json() for summary in summaries]}))
+    else:
+        click.echo("\n".join(line for summary in summaries for line in summary.lines()))
+
+
+@commands.command(cls=GroupedCommand)
+@click.argument("shards")
+@add_options(IndexConfig)
+def index(shards: str, **options) -> None:
+    """Write manifest and sidecars for shards that others made.
+
+    Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
+    they are; damaged ones, and keys that come twice, are refused by name.
+    """
+    from wds_convnext.indexing import index_shards, read_class_names
+
+    as_json = options.pop("json")
+    options["jobs"] = options["jobs"] or os.cpu_count() or 1
+    if options["class_names"] is not None:
+        options["class_names"] = read_class_names(options["class_names"])
+    report = index_shards(shards, **options)
+    click.echo(json.dumps(report.to_json()) if as_json else report)
 
 
 def main(args: list[str] | None = None) -> None:

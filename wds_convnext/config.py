@@ -18,6 +18,10 @@ def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=
     return field(default=default, metadata=metadata, kw_only=True)
 
 
+# lr 4e-3 belongs to global batch 4096 (facebookresearch/ConvNeXt, TRAINING.md).
+REFERENCE_LR, REFERENCE_BATCH_SIZE = 4e-3, 4096
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides a training run. The defaults are the article's."""
@@ -123,7 +127,21 @@ class TrainConfig:
         160, "Samples per batch and process.", group="Optimisation", type=COUNT
     )
     accumulate: int = option(1, "Batches per optimizer step.", group="Optimisation", type=COUNT)
-    lr: float = option(4e-3, "Peak learning rate.", group="Optimisation", type=POSITIVE)
+    lr: float = option(REFERENCE_LR, "Peak learning rate.", group="Optimisation", type=POSITIVE)
+    scale_lr: str = option(
+        "none",
+        "Scale --lr with the global batch: with its ratio to --reference-batch-size, or with the "
+        "ratio's square root.",
+        group="Optimisation",
+        type=click.Choice(["none", "linear", "sqrt"]),
+    )
+    reference_batch_size: int = option(
+        REFERENCE_BATCH_SIZE,
+        "Global batch size that --lr was chosen for; 4e-3 belongs to 4096 "
+        "(facebookresearch/ConvNeXt, TRAINING.md).",
+        group="Optimisation",
+        type=COUNT,
+    )
     weight_decay: float = option(
         0.05,
         "Decoupled decay of tensors with more than one dimension.",
@@ -148,6 +166,18 @@ class TrainConfig:
         group="Optimisation",
         type=NON_NEGATIVE,
     )
+    on_nonfinite: str = option(
+        "stop",
+        "When a loss or gradient is not finite: end the run, or leave that step out.",
+        group="Optimisation",
+        type=click.Choice(["stop", "skip"]),
+    )
+    max_skips: int = option(
+        10,
+        "Steps in a row that --on-nonfinite skip may leave out; one more ends the run.",
+        group="Optimisation",
+        type=COUNT,
+    )
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Machine")
     amp: str = option(
@@ -157,6 +187,11 @@ class TrainConfig:
         type=click.Choice(["auto", "bf16", "fp16", "off"]),
     )
     compile: bool | None = option(None, "Compile the model. Default: on CUDA.", group="Machine")
+    profile: bool = option(
+        False,
+        "Write trace.json of three steps into the run's folder (chrome://tracing, Perfetto).",
+        group="Machine",
+    )
 
     seed: int = option(
         0,
@@ -280,6 +315,60 @@ class ShardsConfig:
         group="Input",
         type=click.Choice(["error", "skip"]),
     )
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `wds-convnext verify` compares."""
+
+    deep: bool = option(False, "Also decode every image.", group="Checks")
+    against: str | None = option(
+        None,
+        "The parquet input, as it was given to the conversion: also check that each of its rows "
+        "is there, once, with the same bytes and label.",
+        group="Checks",
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `wds-convnext inspect` shows beside the data; the label mix is that of `train`."""
+
+    batch_size: int = option(160, "Samples per batch and rank.", group="Label mix", type=COUNT)
+    ranks: int = option(1, "Processes of the training.", group="Label mix", type=COUNT)
+    shuffle_buffer: int = option(
+        100_000, "Samples shuffled together.", group="Label mix", type=COUNT
+    )
+    seed: int = option(
+        0, "Seed of the order.", group="Label mix", type=click.IntRange(0, 2**63 - 1)
+    )
+    sheet: str | None = option(
+        None, "Draw a contact sheet, a row of images per class, to this PNG file.", group="Output"
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How `wds-convnext index` reads labels."""
+
+    label_field: str = option(
+        "label", "Field of .json members that holds the class number.", group="Labels"
+    )
+    class_names: str | None = option(
+        None, "A file of class names, one per line. Default: the numbers.", group="Labels"
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )

@@ -46,7 +46,7 @@ class SampleReader:
         shards: tuple[Shard, ...],
         *,
         label_field: str = "label",
-        max_open: int = 128,
+        max_open: int = 256,
         max_indexed: int = 1_000_000,
     ):
         self.shards = shards

@@ -5,9 +5,14 @@ round-robin, so what the trainer sees does not depend on W. Images cross to the 
 float batches are four times the bytes.
 """
 
+import atexit
+import multiprocessing
+import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -21,6 +26,7 @@ from wds_convnext.shards import ShardSet
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _MAX_REPLACEMENTS = 64
+_WORKER_DIED = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")
 
 
 class Batch(NamedTuple):
@@ -75,14 +81,16 @@ class ShardStream(IterableDataset):
         index, stride = self.start, 1
         if worker is not None:
             index, stride = self.start + worker.id, worker.num_workers
-        reader = SampleReader(self.shard_set.shards)
-        while self.stop is None or index < self.stop:
-            refs = self.order.micro_batch(index, **self.place)
-            if self.decode:
-                yield self._load(reader, refs)
-            else:
-                yield from self._raw_samples(reader, refs)
-            index += stride
+        shard_set = self.shard_set
+        reader = SampleReader(shard_set.shards, label_field=shard_set.label_field)
+        with closing(reader):
+            while self.stop is None or index < self.stop:
+                refs = self.order.micro_batch(index, **self.place)
+                if self.decode:
+                    yield self._load(reader, refs)
+                else:
+                    yield from self._raw_samples(reader, refs)
+                index += stride
 
     def _load(self, reader: SampleReader, refs: SampleRefs) -> Batch:
         size = self.transform.image_size
@@ -156,17 +164,41 @@ def make_loader(stream: ShardStream, *, workers: int, pin_memory: bool = False) 
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     try:
-        for item in loader:
+        for item in _iterate(loader):
             if isinstance(item, WdsConvnextError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # EOFError and ConnectionError: it died while it handed a batch over.
+        if type(error) is RuntimeError and not _WORKER_DIED.match(str(error)):
             raise
         raise TrainingError(
-            f"A loader worker died ({str(error).splitlines()[0]}). The usual cause is memory: "
-            "use fewer --workers or a smaller --batch-size. The last checkpoint is whole."
+            f"A loader worker died ({str(error) or type(error).__name__}). The usual cause is "
+            "memory: use fewer --workers or a smaller --batch-size. The last checkpoint is whole."
         ) from None
+
+
+def _iterate(loader: DataLoader) -> Iterator:
+    """`iter(loader)`, with a worker's death met where an item is awaited, and nowhere else.
+
+    PyTorch's handler of SIGCHLD raises at whatever line this process is, so also inside an
+    optimizer update. Without it, waiting looks every 5 s whether the workers live.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    # At exit multiprocessing waits for its children after a SIGTERM, which these ignore: without
+    # this a process that ends by a traceback never ends. Registered last, it is called first.
+    atexit.unregister(_kill_workers)
+    atexit.register(_kill_workers)
+    return items
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class _ErrorsAsItems(IterableDataset):
