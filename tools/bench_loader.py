@@ -331,7 +331,7 @@ def _tree_cpu_s(process_tree: Callable) -> float:
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        ticks += int(fields[11]) + int(fields[12])
+        ticks += sum(map(int, fields[11:15]))  # its own, and those of children that ended
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
