@@ -168,3 +168,17 @@ def test_a_resume_with_another_stream_is_refused_and_changes_nothing(shards, tmp
         assert named in result.stderr and "--out" in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_run_at_once(shards, tmp_path):
+    """Ctrl-C twice: the second is not waited for, and the last checkpoint stays whole."""
+    out = tmp_path / "run"
+    process = start(train_command(shards, out, **EXTRAS | {"--epochs": 300, "--workers": 1}))
+    wait_for_file(out / "step-000000005.pt", process)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+
+    assert process.returncode in (-signal.SIGINT, 75)  # 75: the step ended in between
+    assert load_checkpoint(out / "last.pt")["step"] >= 5

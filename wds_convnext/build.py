@@ -12,23 +12,25 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import wds_convnext
-from wds_convnext.config import TrainConfig
+from wds_convnext.config import REFERENCE_LR, TrainConfig
 from wds_convnext.device import Mixer, Normalizer
 from wds_convnext.distributed import World
 from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.gauges import DeviceTimer, Gauges, peak_flops, training_flops
 from wds_convnext.metrics import StepSums
 from wds_convnext.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     WeightAverage,
     check_image_size,
+    compile_model,
     create_model,
     init_from,
 )
-from wds_convnext.optim import AdamP, parameter_groups
+from wds_convnext.optim import AdamP, parameter_groups, scaled_lr
 from wds_convnext.order import TrainOrder
 from wds_convnext.shards import ShardSet
-from wds_convnext.train import StepRecipe, TrainState, keep_lr_on_device
+from wds_convnext.step import StepRecipe, TrainState, keep_lr_on_device
 
 CROP_RATIO = 0.875  # of evaluation: Resize(256), CenterCrop(224)
 
@@ -59,6 +61,30 @@ def check_options(config: TrainConfig) -> None:
             f"--batch-size {config.batch_size}: mixing blends pairs, so it must be even. "
             f"Use {config.batch_size + 1}, or --mixup 0 --cutmix 0."
         )
+
+
+def lr_warning(config: TrainConfig, global_batch_size: int) -> str | None:
+    """What both scaling rules would make of the ConvNeXt recipe's rate, if it is used unscaled.
+
+    Another rate is taken as chosen for the batch that it is used with.
+    """
+    reference = config.reference_batch_size
+    unscaled = config.scale_lr == "none" and global_batch_size != reference
+    if not unscaled or config.lr != REFERENCE_LR:
+        return None
+    linear, sqrt = (
+        scaled_lr(
+            config.lr,
+            rule=rule,
+            global_batch_size=global_batch_size,
+            reference_batch_size=reference,
+        )
+        for rule in ("linear", "sqrt")
+    )
+    return (
+        f"--lr {config.lr:g} belongs to a global batch of {reference}, this run's is "
+        f"{global_batch_size}: --scale-lr linear would make it {linear:.2e}, sqrt {sqrt:.2e}."
+    )
 
 
 def fit_to_checkpoint(config: TrainConfig, then: dict, world: World) -> TrainConfig:
@@ -147,7 +173,8 @@ def build_recipe(
         forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
         no_sync = forward.no_sync
     return StepRecipe(
-        forward=torch.compile(forward, dynamic=False) if compute.compiled else forward,
+        forward=compile_model(forward) if compute.compiled else forward,
+        compiled=compute.compiled,
         normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, compute.device),
         mixer=Mixer(
             num_classes,
@@ -162,6 +189,23 @@ def build_recipe(
         clip_grad_norm=config.clip_grad_norm,
         seed=config.seed,
         world=compute.world,
+        optimizer_timer=DeviceTimer(compute.device),
+        max_skips=config.max_skips if config.on_nonfinite == "skip" else 0,
+    )
+
+
+def build_gauges(
+    config: TrainConfig, state: TrainState, recipe: StepRecipe, compute: Compute
+) -> Gauges:
+    """What the run's speed is held against; a peak is known for half precision on some GPUs."""
+    peak = None
+    if compute.device.type == "cuda" and compute.amp != "off":
+        peak = peak_flops(torch.cuda.get_device_name(compute.device))
+    return Gauges(
+        training_flops(state.model, config.image_size),
+        peak=peak,
+        num_devices=compute.world.size,
+        optimizer_timer=recipe.optimizer_timer,
     )
 
 
@@ -207,3 +251,31 @@ def describe(
         },
         "config": asdict(config),
     }
+
+
+def introduce(
+    config: TrainConfig,
+    state: TrainState,
+    train_set: ShardSet,
+    val_set: ShardSet | None,
+    order: TrainOrder,
+    compute: Compute,
+    gauges: Gauges,
+) -> str:
+    """What is about to be trained, on what, where."""
+    num_parameters = sum(p.numel() for p in state.model.parameters())
+    if val_set is None:
+        validation = "no validation shards found (name some with --val-shards)"
+    else:
+        validation = f"{val_set.num_samples:,} for validation"
+    amp = "float32" if compute.amp == "off" else compute.amp
+    return (
+        f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {train_set.dataset}: "
+        f"{train_set.num_samples:,} samples in {len(train_set.shards)} shards, {validation}, "
+        f"{train_set.num_classes} classes\n"
+        f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
+        f"global batch {order.global_batch_size}, on {compute.world.size} x {compute.device}, "
+        f"{amp}, {'compiled' if compute.compiled else 'not compiled'}\n"
+        f"{gauges.flops_per_image / 1e9:.3g} GFLOP per training image; peak of the device "
+        + (f"{gauges.peak / 1e12:.0f} TFLOP/s" if gauges.peak else "not known")
+    )

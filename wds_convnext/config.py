@@ -189,7 +189,7 @@ class TrainConfig:
     compile: bool | None = option(None, "Compile the model. Default: on CUDA.", group="Machine")
     profile: bool = option(
         False,
-        "Write trace.json of three steps into the run's folder (chrome://tracing, Perfetto).",
+        "Write trace.json of the sixth to eighth step into the run's folder (for Perfetto).",
         group="Machine",
     )
 

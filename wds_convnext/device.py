@@ -113,8 +113,8 @@ class Mixer:
         share = rng.beta(self.cutmix_alpha, self.cutmix_alpha)
         side = int(image_size * np.sqrt(1 - share))
         centre_y, centre_x = rng.integers(0, image_size, size=2)
-        top, bottom = np.clip([centre_y - side // 2, centre_y + side // 2], 0, image_size)
-        left, right = np.clip([centre_x - side // 2, centre_x + side // 2], 0, image_size)
+        top, bottom = np.clip([centre_y - side // 2, centre_y + (side + 1) // 2], 0, image_size)
+        left, right = np.clip([centre_x - side // 2, centre_x + (side + 1) // 2], 0, image_size)
         share = 1 - (bottom - top) * (right - left) / image_size**2
         return MixDraw(float(share), (int(top), int(bottom), int(left), int(right)))
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from wds_convnext.distributed import World, sum_over_ranks
+from wds_convnext.errors import DataError
 from wds_convnext.stream import Batch
 
 
@@ -38,6 +39,8 @@ def evaluate(model, batches: Iterable[Batch], *, normalizer, autocast, world: Wo
         batches: on the model's device; the same number on every rank.
         normalizer: uint8 images -> what the model takes.
         autocast: a function that gives the context to run the model in.
+    Raises:
+        DataError: if there is no sample to count.
     """
     model.eval()
     sums = None
@@ -47,6 +50,8 @@ def evaluate(model, batches: Iterable[Batch], *, normalizer, autocast, world: Wo
         counts = _count(logits.float(), batch.labels, batch.is_real)
         sums = counts if sums is None else sums + counts
     top1, top5, loss, num_samples = sum_over_ranks(sums, world).tolist()
+    if num_samples == 0:
+        raise DataError("No sample of the split decodes, so there is nothing to evaluate.")
     return EvalResult(top1 / num_samples, top5 / num_samples, loss / num_samples, int(num_samples))
 
 
@@ -55,6 +60,6 @@ def _count(logits: torch.Tensor, labels: torch.Tensor, is_real: torch.Tensor) ->
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (best == labels.unsqueeze(1)) & is_real.unsqueeze(1)
-    losses = F.cross_entropy(logits, labels, reduction="none") * is_real
+    losses = F.cross_entropy(logits, labels, reduction="none").masked_fill(~is_real, 0)
     columns = [hits[:, 0], hits.any(dim=1), losses, is_real]
     return torch.stack([column.to(dtype).sum() for column in columns])

@@ -1,9 +1,11 @@
 """What a run reports: sums kept on the device, and the lines, scalars and bars made of them."""
 
 import json
+import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -13,40 +15,79 @@ from tqdm import tqdm
 from wds_convnext.evaluate import EvalResult
 from wds_convnext.shards import write_atomically
 
+# How the progress line shows what `gauges` reads.
+READINGS = {
+    "train/tflops_per_s": "{:.3g} TFLOP/s",
+    "train/mfu": "mfu={:.0%}",
+    "train/optimizer_ms": "optimizer={:.1f}ms",
+    "train/memory_gb": "{:.2f} GB",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What the host reads of the steps since it last read."""
+
+    loss: float  # mean over the steps that were not skipped; NaN if all were
+    grad_norm: float  # likewise
+    epoch_loss: float  # mean over the epoch's steps so far
+    num_steps: int  # skipped ones included
+    num_skipped: int
+    last_failed: int  # the last step that was not finite, -1 if there was none in the run
+    failed_step: int  # the step that froze the run, -1 if it is not frozen
+
 
 class StepSums:
-    """Sums over steps, on the device, so that a step never waits for the host to read them.
-
-    `failed_step` is the first step whose loss or gradient was not finite, -1 while there is none.
-    """
+    """Sums over steps, on the device, so that a step never waits for the host to read them."""
 
     def __init__(self, device: torch.device):
-        self.interval = torch.zeros(3, device=device)  # loss, gradient norm, steps
-        self.epoch = torch.zeros(2, device=device)  # loss, steps
+        self.interval = torch.zeros(3, device=device)  # loss, gradient norm, steps not skipped
+        self.epoch = torch.zeros(2, device=device)  # loss, steps not skipped
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # of the interval
+        self.failed_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.last_failed = torch.full((), -1, dtype=torch.int64, device=device)
         self.failed_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     @property
     def frozen(self) -> torch.Tensor:
-        """0-d bool: whether a step has failed, so that nothing may change any more."""
+        """0-d bool: whether too many steps failed, so that nothing may change any more."""
         return self.failed_step >= 0
 
-    def add(self, *, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    def note_failure(self, failed: torch.Tensor, step: int, *, max_skips: int) -> None:
+        """Count a step where `failed` (0-d bool); freeze at the first one over `max_skips`."""
+        self.failed_in_a_row = torch.where(failed, self.failed_in_a_row + 1, 0)
+        self.last_failed = torch.where(failed, step, self.last_failed)
+        first_over = (self.failed_in_a_row > max_skips) & ~self.frozen
+        self.failed_step = torch.where(first_over, step, self.failed_step)
+
+    def add(self, *, loss: torch.Tensor, grad_norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        """Add a step's numbers; of one that is skipped (0-d bool) nothing but the count."""
         one = torch.ones_like(loss)
-        self.interval += torch.stack([loss, grad_norm, one])
-        self.epoch += torch.stack([loss, one])
+        self.interval += torch.where(skipped, 0, torch.stack([loss, grad_norm, one]))
+        self.epoch += torch.where(skipped, 0, torch.stack([loss, one]))
+        self.num_skipped += skipped
 
-    def note_failure(self, failed: torch.Tensor, step: int) -> None:
-        """Remember the step as the failed one where `failed` (0-d bool), if it is the first."""
-        first = failed & ~self.frozen
-        self.failed_step = torch.where(first, step, self.failed_step)
+    def read(self) -> Interval:
+        """The interval's means and counts; here, and at an epoch's end, the host waits."""
+        sums = torch.cat([self.interval, self.epoch]).tolist()
+        loss, grad_norm, num_added, epoch_loss, epoch_steps = sums
+        counts = torch.stack([self.num_skipped, self.last_failed, self.failed_step]).tolist()
+        return Interval(
+            loss=loss / num_added if num_added else math.nan,
+            grad_norm=grad_norm / num_added if num_added else math.nan,
+            epoch_loss=epoch_loss / epoch_steps if epoch_steps else math.nan,
+            num_steps=int(num_added) + counts[0],
+            num_skipped=counts[0],
+            last_failed=counts[1],
+            failed_step=counts[2],
+        )
 
-    def read(self) -> tuple[float, ...]:
-        """Loss, gradient norm and steps of the interval; loss and steps of the epoch; failed step.
+    def start_interval(self) -> None:
+        self.interval.zero_()
+        self.num_skipped.zero_()
 
-        The only place where the host waits for the device.
-        """
-        sums = torch.cat([self.interval, self.epoch]).double()
-        return tuple(torch.cat([sums, self.failed_step.double().view(1)]).tolist())
+    def start_epoch(self) -> None:
+        self.epoch.zero_()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in vars(self).items()}
@@ -82,11 +123,14 @@ class RunLog:
 
     Only the main rank has one that does anything; `quiet` gives one that writes nothing.
     On a resume everything later than `start_step` is cut off first, so that the files are those
-    of an uninterrupted run.
+    of an uninterrupted run. `keep_readings`: whether the machine's readings go into the files.
     """
 
-    def __init__(self, folder: Path, *, start_step: int, quiet: bool = False):
+    def __init__(
+        self, folder: Path, *, start_step: int, quiet: bool = False, keep_readings: bool = True
+    ):
         self.quiet = quiet
+        self.keep_readings = keep_readings
         self._bar = None
         if quiet:
             return
@@ -110,11 +154,19 @@ class RunLog:
             self._bar = tqdm(total=len(steps), desc=f"Epoch {epoch}", unit="batch", initial=before)
         self._bar.update(done - steps.start - self._bar.n)
 
-    def interval(self, step: int, values: dict[str, float], *, epoch: int, num_steps: int) -> None:
-        """Log one interval's means; `values` has TensorBoard's names."""
+    def interval(
+        self,
+        step: int,
+        values: dict[str, float],
+        *,
+        readings: dict[str, float],
+        epoch: int,
+        num_steps: int,
+    ) -> None:
+        """Log one interval's means and the machine's readings, under TensorBoard's names."""
         if self.quiet:
             return
-        self._record(step, values)
+        self._record(step, values | (readings if self.keep_readings else {}))
         parts = [
             f"loss={values['train/loss']:.4f}",
             f"avg={values['train/avg_loss']:.4f}",
@@ -122,6 +174,7 @@ class RunLog:
             f"{values['train/images_per_s']:.0f} images/s",
             f"wait={values['train/data_wait']:.0%}",
         ]
+        parts += [READINGS[name].format(value) for name, value in readings.items()]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts))
         elif not sys.stderr.isatty():

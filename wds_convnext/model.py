@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -22,18 +22,42 @@ def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) ->
         UsageError: if timm has no such model, or it takes no stochastic depth.
     """
     import timm  # 1 s; what evaluates a config or prints help does not pay for it
+    from timm.models.convnext import ConvNeXtBlock
 
     if not timm.is_model(name):
         known = timm.list_models()
         raise UsageError(f"--model {name}: timm has no such model.{did_you_mean(name, known)}")
     depth = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     try:
-        return timm.create_model(name, pretrained=False, num_classes=num_classes, **depth)
+        model = timm.create_model(name, pretrained=False, num_classes=num_classes, **depth)
     except TypeError as error:
         raise UsageError(
             f"--model {name}: does not take --drop-path-rate {drop_path_rate:g} ({error}). "
             "Give --drop-path-rate 0."
         ) from None
+    for module in model.modules():
+        if isinstance(module, ConvNeXtBlock):
+            module.register_forward_hook(_to_autocast_dtype)
+    return model
+
+
+def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Under autocast, hand a block's output on in half precision.
+
+    The float32 LayerScale makes timm's output float32, and with it everything that the next
+    blocks read and save for the backward pass. Scale and sum stay float32; a compiler rounds in
+    the same pass over memory.
+    """
+    device_type = output.device.type
+    available = torch.amp.is_autocast_available(device_type)  # not on meta
+    if available and torch.is_autocast_enabled(device_type):
+        return output.to(torch.get_autocast_dtype(device_type))
+    return output
+
+
+def compile_model(model: nn.Module) -> Callable:
+    """The model compiled for one shape; random masks are those that eager draws for a seed."""
+    return torch.compile(model, dynamic=False, options={"fallback_random": True})
 
 
 @torch.no_grad()
@@ -90,8 +114,8 @@ def init_from(model: nn.Module, path: str) -> str:
 def _head_keys(model: nn.Module) -> list[str]:
     heads = model.get_classifier()  # distilled models have two
     heads = heads if isinstance(heads, tuple) else (heads,)
-    prefixes = [name for name, module in model.named_modules() if module in heads]
-    return [key for key in model.state_dict() if key.rpartition(".")[0] in prefixes]
+    prefixes = tuple(name + "." for name, module in model.named_modules() if module in heads)
+    return [key for key in model.state_dict() if key.startswith(prefixes)]
 
 
 def _read_weights(path: str) -> dict[str, torch.Tensor]:

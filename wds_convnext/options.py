@@ -82,7 +82,10 @@ def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:
         if value is not None:
             layers = ctx.meta.setdefault("wds_convnext.layers", {})
             layers[parameter.name] = read_toml(path_of(value), config_class)
-            ctx.default_map = {k: v for name in LAYERS for k, v in layers.get(name, {}).items()}
+            # As text, as on the command line: click would cut a number 1.5 for an int to 1.
+            ctx.default_map = {
+                k: str(v) for name in LAYERS for k, v in layers.get(name, {}).items()
+            }
         return value
 
     return callback

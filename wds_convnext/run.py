@@ -1,6 +1,8 @@
 """From a config to a run: opening shards, building the parts, resuming, evaluating."""
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +13,15 @@ from wds_convnext import folder as run_folder
 from wds_convnext.build import (
     CROP_RATIO,
     Compute,
+    build_gauges,
     build_recipe,
     build_state,
     check_options,
     choose_amp,
     describe,
     fit_to_checkpoint,
+    introduce,
+    lr_warning,
     num_workers,
 )
 from wds_convnext.checkpoint import load_checkpoint
@@ -25,13 +30,15 @@ from wds_convnext.device import Normalizer, prefetch_to_device
 from wds_convnext.distributed import is_lost_peer, join_world, leave_world
 from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
 from wds_convnext.evaluate import EvalResult, evaluate
+from wds_convnext.gauges import profile_steps
 from wds_convnext.metrics import RunLog
 from wds_convnext.model import IMAGENET_MEAN, IMAGENET_STD, create_model
-from wds_convnext.order import EvalOrder, TrainOrder
-from wds_convnext.reader import check_sha256, find_validation, open_shards
+from wds_convnext.order import EvalOrder, SampleRefs, TrainOrder
+from wds_convnext.reader import SampleReader, check_sha256, find_validation, open_shards
 from wds_convnext.shards import ShardSet
+from wds_convnext.step import TrainState
 from wds_convnext.stream import Batch, ShardStream, make_loader
-from wds_convnext.train import TrainState, fit
+from wds_convnext.train import fit
 from wds_convnext.transforms import EvalTransform, TrainTransform
 
 STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
@@ -52,6 +59,7 @@ def run_training(config: TrainConfig) -> int:
             "--resume, or let torchrun --max-restarts do so."
         ) from None
     finally:
+        gc.unfreeze()  # `fit` froze; frozen objects would also outlive their modules at exit
         leave_world(world)
 
 
@@ -80,9 +88,13 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     if world.is_main:
         run_folder.prepare(folder, config, fresh=resumed is None)
     recipe = build_recipe(config, state, train_set.num_classes, compute)
-    say(_introduce(config, state, train_set, val_set, order, compute))
+    gauges = build_gauges(config, state, recipe, compute)
+    say(introduce(config, state, train_set, val_set, order, compute, gauges))
     for note in notes:
         say(note)
+    warning = lr_warning(config, order.global_batch_size)
+    if warning:
+        warn(warning)
 
     stream = ShardStream(
         train_set,
@@ -112,20 +124,33 @@ def _train(config: TrainConfig, compute: Compute) -> int:
             compute=compute,
         )
     save = partial(run_folder.save, folder, state=state, facts=facts, keep=config.keep, world=world)
-    log = RunLog(folder, start_step=state.step, quiet=not world.is_main)
+    log = RunLog(
+        folder,
+        start_step=state.step,
+        quiet=not world.is_main,
+        # Files of CPU runs are compared bit for bit (tests/test_resume.py), so they hold none.
+        keep_readings=compute.device.type != "cpu",
+    )
+    step_batches = prefetch_to_device(batches, compute.device)
+    if config.profile and world.is_main:
+        trace = folder / "trace.json"
+        step_batches = profile_steps(step_batches, trace, batches_per_step=config.accumulate)
     with run_folder.status(folder, state, world) as status:
         try:
             status.reason = fit(
                 state,
-                prefetch_to_device(batches, compute.device),
+                step_batches,
                 config=config,
                 order=order,
                 recipe=recipe,
                 log=log,
                 validate=validate,
                 save=save,
+                name_samples=partial(_name_samples, train_set),
+                gauges=gauges,
             )
         finally:
+            step_batches.close()
             log.close()
             batches.close()
     if status.reason != "finished":
@@ -147,7 +172,7 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         spec = config.shards or facts["val_shards"]
         if spec is None:
             raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
-        shard_set = open_shards(spec)
+        shard_set = open_shards(spec, progress=_survey_bar)
         if shard_set.class_names != tuple(facts["class_names"]):
             raise ShardError(
                 f"{spec}: its {shard_set.num_classes} classes are not the {facts['num_classes']} "
@@ -201,6 +226,14 @@ def _evaluate_split(
     loader = make_loader(
         stream, workers=min(workers, stream.stop), pin_memory=device.type == "cuda"
     )
+    loader = tqdm(
+        loader,
+        desc=f"Evaluating {shard_set.split}",
+        total=stream.stop,
+        unit="batch",
+        leave=False,
+        disable=None if world.is_main else True,  # None: only on a terminal
+    )
     allowed = max_bad_samples * shard_set.num_samples
     return evaluate(
         forward,
@@ -209,6 +242,13 @@ def _evaluate_split(
         autocast=compute.autocast,
         world=world,
     )
+
+
+def _name_samples(shard_set: ShardSet, refs: SampleRefs) -> list[str]:
+    """Shard and key of samples, as messages name them."""
+    with closing(SampleReader(shard_set.shards)) as reader:
+        places = [reader.describe(*map(int, place)) for place in zip(refs.shard, refs.sample)]
+    return [f"{place['shard']}, key {place['key']}" for place in places]
 
 
 def _limit_bad_samples(batches: Iterator[Batch], allowed: float) -> Iterator[Batch]:
@@ -239,9 +279,9 @@ def _evaluate_best(folder: Path, state: TrainState, validate: Callable, say: Cal
 
 def _open_splits(config: TrainConfig) -> tuple[ShardSet, ShardSet | None, str | None]:
     """The training split, the validation split if there is one, and what names the latter."""
-    train_set = open_shards(config.shards)
+    train_set = open_shards(config.shards, progress=_survey_bar)
     spec = config.val_shards or find_validation(train_set)
-    val_set = open_shards(spec) if spec else None
+    val_set = open_shards(spec, progress=_survey_bar) if spec else None
     if val_set is not None and val_set.class_names != train_set.class_names:
         raise ShardError(
             f"{spec}: its {val_set.num_classes} class names differ from the "
@@ -249,31 +289,11 @@ def _open_splits(config: TrainConfig) -> tuple[ShardSet, ShardSet | None, str | 
         )
     if config.check_shards:
         for shard_set in filter(None, (train_set, val_set)):
-            for shard in tqdm(shard_set.shards, desc=f"Checking {shard_set.split}", unit="shard"):
+            name = f"Checking {shard_set.split}"
+            for shard in tqdm(shard_set.shards, desc=name, unit="shard", disable=None):
                 check_sha256(shard)
     return train_set, val_set, spec
 
 
-def _introduce(
-    config: TrainConfig,
-    state: TrainState,
-    train_set: ShardSet,
-    val_set: ShardSet | None,
-    order: TrainOrder,
-    compute: Compute,
-) -> str:
-    """What is about to be trained, on what, where."""
-    num_parameters = sum(p.numel() for p in state.model.parameters())
-    if val_set is None:
-        validation = "no validation shards found (name some with --val-shards)"
-    else:
-        validation = f"{val_set.num_samples:,} for validation"
-    amp = "float32" if compute.amp == "off" else compute.amp
-    return (
-        f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {train_set.dataset}: "
-        f"{train_set.num_samples:,} samples in {len(train_set.shards)} shards, {validation}, "
-        f"{train_set.num_classes} classes\n"
-        f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
-        f"global batch {order.global_batch_size}, on {compute.world.size} x {compute.device}, "
-        f"{amp}, {'compiled' if compute.compiled else 'not compiled'}"
-    )
+# Shards without a manifest are walked through; `wds-convnext index` writes one.
+_survey_bar = partial(tqdm, desc="Reading labels", unit="shard", disable=None)

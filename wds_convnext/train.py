@@ -1,148 +1,31 @@
-"""One training step, and the loop around it that decides when to log, validate, save and stop."""
+"""The loop around the step: it decides when to log, validate, save and stop."""
 
-import math
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 from wds_convnext.config import TrainConfig
-from wds_convnext.device import Mixer, Normalizer
-from wds_convnext.distributed import StopVote, World, gather_lists, sum_over_ranks
+from wds_convnext.distributed import StopVote, gather_lists
 from wds_convnext.errors import TrainingError
 from wds_convnext.evaluate import EvalResult
-from wds_convnext.metrics import RunLog, StepSums, Stopwatch
-from wds_convnext.model import WeightAverage
-from wds_convnext.optim import lr_at
-from wds_convnext.order import TrainOrder
-from wds_convnext.rng import derive_key
+from wds_convnext.gauges import Gauges
+from wds_convnext.metrics import Interval, RunLog, Stopwatch
+from wds_convnext.optim import lr_at, scaled_lr
+from wds_convnext.order import SampleRefs, TrainOrder
+from wds_convnext.step import (
+    StepRecipe,
+    TrainState,
+    augment_on_device,
+    eager_loss,
+    train_step,
+)
 from wds_convnext.stream import STOP_SIGNALS, Batch
 
-
-@dataclass
-class TrainState:
-    """Everything a run changes, and so everything a checkpoint has to hold."""
-
-    model: nn.Module  # as timm made it: neither compiled nor wrapped
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: WeightAverage | None
-    sums: StepSums
-    step: int = 0  # steps done
-    best_top1: float = -1.0
-    best_step: int = 0
-    epoch_seconds: float = 0.0  # spent in the epoch under way
-    num_bad_samples: int = 0  # in the epoch under way
-
-    def state_dict(self) -> dict:
-        numbers = ("step", "best_top1", "best_step", "epoch_seconds", "num_bad_samples")
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.average.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sums": self.sums.state_dict(),
-            **{name: getattr(self, name) for name in numbers},
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.average:
-            self.average.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        keep_lr_on_device(self.optimizer, self.sums.epoch.device)
-        self.scaler.load_state_dict(state["scaler"])
-        self.sums.load_state_dict(state["sums"])
-        for name in ("step", "best_top1", "best_step", "epoch_seconds", "num_bad_samples"):
-            setattr(self, name, state[name])
-
-
-def keep_lr_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Make each group's learning rate a 0-d tensor, so that changing it recompiles nothing."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class StepRecipe:
-    """What a step does besides the state it changes."""
-
-    forward: Callable  # the model, compiled and wrapped for many processes as configured
-    normalizer: Normalizer
-    mixer: Mixer
-    autocast: Callable  # gives the context for mixed precision
-    no_sync: Callable  # gives the context in which ranks do not exchange gradients
-    clip_grad_norm: float
-    seed: int
-    world: World
-
-
-def train_step(state: TrainState, batches: list[Batch], *, lr: float, recipe: StepRecipe) -> None:
-    """One optimizer step on the batches of one step; adds to the sums, reads nothing back.
-
-    A loss or gradient that is not finite sets a flag on the device, and from then on weights,
-    optimizer and average stay as they are until the host reads the flag. Under fp16 a gradient
-    that overflows only skips the step, and the scale is lowered.
-    """
-    state.model.train()
-    for group in state.optimizer.param_groups:
-        group["lr"].fill_(lr)
-    losses = [
-        _forward_backward(state, batch, micro, len(batches), recipe)
-        for micro, batch in enumerate(batches)
-    ]
-    loss = torch.stack(losses).mean()
-    state.scaler.unscale_(state.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(
-        state.model.parameters(), recipe.clip_grad_norm or math.inf
-    )
-    overflow = ~torch.isfinite(grad_norm)
-    failed = ~torch.isfinite(loss)
-    if not state.scaler.is_enabled():
-        failed |= overflow
-    # Summed over ranks here, the sums that a checkpoint holds are the same on every rank.
-    loss, failed = sum_over_ranks(torch.stack([loss, failed]), recipe.world) / recipe.world.size
-    state.sums.note_failure(failed > 0, state.step)
-    state.optimizer.found_inf = (overflow | state.sums.frozen).float()
-    state.optimizer.step()
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.average:
-        state.average.update(frozen=state.sums.frozen)
-    state.sums.add(loss=loss, grad_norm=grad_norm.detach())
-    state.step += 1
-
-
-def _forward_backward(
-    state: TrainState, batch: Batch, micro: int, num_micro: int, recipe: StepRecipe
-) -> torch.Tensor:
-    """The loss of one batch; its gradient, divided by the number of batches, is added up."""
-    key = (recipe.seed, state.step, micro, recipe.world.rank)
-    images, targets = augment_on_device(batch, key=key, recipe=recipe)
-    torch.manual_seed(derive_key("dropout", *key))
-    is_last = micro == num_micro - 1
-    with nullcontext() if is_last else recipe.no_sync():
-        with recipe.autocast():
-            loss = soft_target_cross_entropy(recipe.forward(images), targets)
-        state.scaler.scale(loss / num_micro).backward()
-    return loss.detach()
-
-
-def augment_on_device(batch: Batch, *, key: tuple[int, ...], recipe: StepRecipe):
-    """Normalised, mixed images float32 (B, 3, S, S) and soft targets float32 (B, num_classes)."""
-    draw = recipe.mixer.draw(batch.images.shape[-1], *key)
-    return recipe.mixer(recipe.normalizer(batch.images), batch.labels, draw)
-
-
-def soft_target_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -sum(targets * log softmax(logits)); float32, whatever the logits' precision."""
-    return F.cross_entropy(logits.float(), targets)
+_NUM_NAMED = 8  # samples of a failed step that a message names
+# Relative, of a mean over a batch: half precision rounds elsewhere when operations are fused.
+_COMPILED_TOLERANCE = 1e-2
 
 
 class StopRequest:
@@ -161,8 +44,8 @@ class StopRequest:
 
     def _note(self, signum: int, frame) -> None:
         self.signal_name = signal.Signals(signum).name
-        for again, handler in self._handlers.items():
-            signal.signal(again, handler)
+        for again in STOP_SIGNALS:
+            signal.signal(again, signal.SIG_DFL)
 
 
 def fit(
@@ -175,6 +58,8 @@ def fit(
     log: RunLog,
     validate: Callable[[], EvalResult] | None,
     save: Callable[[str], None],
+    name_samples: Callable[[SampleRefs], list[str]],
+    gauges: Gauges,
 ) -> str:
     """Train until the last step or a stop signal.
 
@@ -182,6 +67,7 @@ def fit(
         batches: this rank's, endless, from the state's step on.
         validate: evaluates the model on the validation split.
         save: writes a checkpoint of a name (`last`, `best`).
+        name_samples: shard and key of samples, for messages.
     Returns:
         "finished", or the name of the signal that stopped the run.
     Raises:
@@ -189,28 +75,22 @@ def fit(
     """
     num_steps = order.num_steps(config.epochs)
     last_step = min(num_steps, config.max_steps or num_steps)
-    rate = partial(
-        lr_at,
-        lr=config.lr,
-        total_steps=num_steps,
-        warmup_steps=round(config.warmup_epochs * order.num_samples / order.global_batch_size),
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-    )
+    first_step, rate = state.step, lr_schedule(config, order)
     vote, watch, bad_samples = StopVote(recipe.world), Stopwatch(), []
     with StopRequest() as request:
         while state.step < last_step:
             epoch = order.epoch_of(state.step)
             step_batches = [watch.wait_for(batches) for _ in range(config.accumulate)]
             bad_samples += [bad for batch in step_batches for bad in batch.bad_samples]
-            if state.step == 0:
-                _show_images(step_batches[0], recipe, log)
-            train_step(state, step_batches, lr=rate(state.step), recipe=recipe)
+            do_step = train_step if state.step > first_step else partial(_first_step, log=log)
+            do_step(state, step_batches, lr=rate(state.step), recipe=recipe)
             log.steps(state.step, order.steps_of(epoch), epoch=epoch)
             ends_epoch = order.epoch_of(state.step) > epoch
             is_last = state.step == last_step
             if state.step % config.log_every == 0 or ends_epoch or is_last:
-                _log_interval(state, watch, rate(state.step - 1), order, log)
+                interval = _finite_interval(state, order, name_samples)
+                _log_interval(interval, state, watch, rate(state.step - 1), order, gauges, log)
+                _warn_of_skips(interval, state, order, name_samples, log)
                 _account_for_bad_samples(bad_samples, state, config, order, recipe, log)
                 bad_samples = []
             if ends_epoch:
@@ -220,6 +100,7 @@ def fit(
                 watch.lap()
             stopping = vote.should_stop(request.signal_name is not None)
             if stopping or is_last or state.step % config.save_every == 0:
+                _finite_interval(state, order, name_samples)
                 log.flush()
                 save("last")
             if stopping and not is_last:
@@ -227,40 +108,113 @@ def fit(
     return "finished"
 
 
+def lr_schedule(config: TrainConfig, order: TrainOrder) -> Callable[[int], float]:
+    """The learning rate of a step of a run."""
+    return partial(
+        lr_at,
+        lr=scaled_lr(
+            config.lr,
+            rule=config.scale_lr,
+            global_batch_size=order.global_batch_size,
+            reference_batch_size=config.reference_batch_size,
+        ),
+        total_steps=order.num_steps(config.epochs),
+        warmup_steps=round(config.warmup_epochs * order.num_samples / order.global_batch_size),
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+    )
+
+
+def _first_step(
+    state: TrainState, batches: list[Batch], *, lr: float, recipe: StepRecipe, log: RunLog
+) -> None:
+    """Train the first step of a process, and look at what only the first step can show."""
+    if state.step == 0:
+        _show_images(batches[0], recipe, log)
+    eager = eager_loss(state, batches, recipe) if recipe.compiled else None
+    loss = train_step(state, batches, lr=lr, recipe=recipe)
+    if eager is not None:
+        _compare_with_eager(loss.item(), eager.item(), log)
+    # Everything that stays is here now. A full collection takes 150 ms of 400,000 objects (n = 5,
+    # one CPU); frozen, none that is visible, so collecting need not be switched off.
+    gc.collect()
+    gc.freeze()
+
+
+def _compare_with_eager(loss: float, eager: float, log: RunLog) -> None:
+    if not abs(loss - eager) <= _COMPILED_TOLERANCE * abs(eager):
+        log.say(
+            f"Warning: the compiled model's first loss is {loss:.6g}, the uncompiled model's "
+            f"{eager:.6g}. Do not trust this run: use --no-compile, or another torch version."
+        )
+
+
 def _show_images(batch: Batch, recipe: StepRecipe, log: RunLog) -> None:
     images, _ = augment_on_device(batch, key=(recipe.seed, 0, 0, recipe.world.rank), recipe=recipe)
     log.images(0, recipe.normalizer.undo(images))
 
 
+def _finite_interval(state: TrainState, order: TrainOrder, name_samples: Callable) -> Interval:
+    """Read the sums of the steps since the last log line, and stop the run if it is frozen."""
+    interval = state.sums.read()
+    if interval.failed_step >= 0:
+        raise TrainingError(
+            f"The loss or gradient of step {interval.failed_step} is not finite. Weights are those "
+            "before it; no checkpoint was written since. Lower --lr, pass over such steps with "
+            "--on-nonfinite skip, or look at the step's samples: "
+            + _samples_of(interval.failed_step, order, name_samples)
+        )
+    return interval
+
+
+def _warn_of_skips(
+    interval: Interval, state: TrainState, order: TrainOrder, name_samples: Callable, log: RunLog
+) -> None:
+    if interval.last_failed >= state.step - interval.num_steps:
+        log.say(
+            f"{interval.num_skipped} of the last {interval.num_steps} steps were skipped; the loss "
+            f"or gradient of step {interval.last_failed} is not finite. Its samples: "
+            + _samples_of(interval.last_failed, order, name_samples)
+        )
+
+
+def _samples_of(step: int, order: TrainOrder, name_samples: Callable) -> str:
+    refs = order.global_batch(step)
+    named = "; ".join(name_samples(refs.take(slice(_NUM_NAMED))))
+    rest = len(refs) - _NUM_NAMED
+    return f"{named}; and {rest} more." if rest > 0 else f"{named}."
+
+
 def _log_interval(
+    interval: Interval,
     state: TrainState,
     watch: Stopwatch,
     lr: float,
     order: TrainOrder,
+    gauges: Gauges,
     log: RunLog,
 ) -> None:
-    """Read the sums of the steps since the last time, and log their means."""
-    loss, grad_norm, num_steps, epoch_loss, epoch_steps, failed_step = state.sums.read()
-    if failed_step >= 0:
-        numbers = order.global_batch(failed_step).number[:8]
-        raise TrainingError(
-            f"The loss or gradient of step {failed_step} is not finite. Weights are those before "
-            "it; no checkpoint was written since. Lower --lr, or look at the samples of that step: "
-            f"numbers {', '.join(map(str, numbers))}, …"
-        )
+    """Log the means of the steps since the last time, and begin the next interval."""
     seconds, waited = watch.lap()
     state.epoch_seconds += seconds
     values = {
-        "train/loss": loss / num_steps,
-        "train/avg_loss": epoch_loss / epoch_steps,
+        "train/loss": interval.loss,
+        "train/avg_loss": interval.epoch_loss,
         "train/lr": lr,
-        "train/grad_norm": grad_norm / num_steps,
-        "train/images_per_s": num_steps * order.global_batch_size / max(seconds, 1e-9),
+        "train/grad_norm": interval.grad_norm,
+        "train/skipped_steps": interval.num_skipped,
+        "train/images_per_s": interval.num_steps * order.global_batch_size / max(seconds, 1e-9),
         "train/data_wait": waited / max(seconds, 1e-9),
     }
     epoch = order.epoch_of(state.step - 1)
-    log.interval(state.step, values, epoch=epoch, num_steps=order.num_steps(epoch + 1))
-    state.sums.interval.zero_()
+    log.interval(
+        state.step,
+        values,
+        readings=gauges.read(values["train/images_per_s"]),
+        epoch=epoch,
+        num_steps=order.num_steps(epoch + 1),
+    )
+    state.sums.start_interval()
 
 
 def _account_for_bad_samples(
@@ -286,9 +240,9 @@ def _account_for_bad_samples(
 
 
 def _end_epoch(state: TrainState, epoch: int, log: RunLog) -> None:
-    loss, num_steps = state.sums.epoch.tolist()
-    log.epoch(state.step, epoch=epoch, loss=loss / num_steps, seconds=state.epoch_seconds)
-    state.sums.epoch.zero_()
+    loss = state.sums.read().epoch_loss
+    log.epoch(state.step, epoch=epoch, loss=loss, seconds=state.epoch_seconds)
+    state.sums.start_epoch()
     state.epoch_seconds, state.num_bad_samples = 0.0, 0
 
 
