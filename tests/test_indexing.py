@@ -9,13 +9,13 @@ import pytest
 import webdataset
 from conftest import command, encode_image, run, sample_members, write_shards, write_tar
 
+from wds_convnext.checks.indexing import index_shards, read_class_names
+from wds_convnext.checks.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.indexing import index_shards, read_class_names
 from wds_convnext.order import EvalOrder
 from wds_convnext.reader import SampleReader, open_shards
 from wds_convnext.shards import read_manifest
 from wds_convnext.stream import ShardStream
-from wds_convnext.verify import verify
 
 
 def index(spec, **options):

@@ -20,8 +20,8 @@ from conftest import (
 )
 from PIL import Image
 
+from wds_convnext.checks.inspection import inspect
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.inspection import inspect
 
 
 def inspect_one(spec, **options):

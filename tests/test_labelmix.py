@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import write_shards
 
-from wds_convnext.labelmix import (
+from wds_convnext.checks.labelmix import (
     classes_per_batch,
     expected_classes,
     measure_label_mix,

@@ -381,7 +381,7 @@ def test_a_missing_shard_of_a_complete_folder_is_an_error(source, tmp_path):
 
 def test_two_conversions_into_one_folder_exclude_each_other(source, tmp_path, monkeypatch):
     """The second one says so."""
-    from wds_convnext import staging
+    from wds_convnext.reshard import staging
 
     monkeypatch.setattr(staging, "_LOCK_WAIT_S", 0.1)
     other = staging.Staging(tmp_path, "test")

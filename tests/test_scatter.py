@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wds_convnext.scatter import Scatter, ranks_in_class
+from wds_convnext.reshard.scatter import Scatter, ranks_in_class
 
 label_lists = st.lists(st.integers(0, 4), min_size=1, max_size=300)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wds_convnext.reshard.tarwriter import ShardWriter, member_header
 from wds_convnext.tarindex import read_samples, walk_tar
-from wds_convnext.tarwriter import ShardWriter, member_header
 
 
 @given(name=st.from_regex(r"[0-9]{9}\.[a-z]{1,4}", fullmatch=True), size=st.integers(0, 8**11 - 1))

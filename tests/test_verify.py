@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parquet_sets import image_table, sorted_rows, write_split
 
+from wds_convnext.checks.verify import verify
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.reshard import reshard
 from wds_convnext.shards import read_manifest
 from wds_convnext.tarindex import format_sidecar, sidecar_path, walk_tar
-from wds_convnext.verify import verify
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def sealed(tmp_path_factory) -> Path:
 
 def reseal(manifest_path: Path) -> None:
     """Make manifest and sidecars fit the shards as they are now, as a faulty tool would."""
-    from wds_convnext.indexing import index_shard
+    from wds_convnext.checks.indexing import index_shard
 
     manifest = read_manifest(manifest_path)
     shards = []

@@ -82,6 +82,7 @@ def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     path = folder / "config.toml"
     content = read_toml(path, TrainConfig) if path.is_file() else {}
     unset = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.DEFAULT}
+    unset -= {"max_steps", "profile"}  # these are about one start of the run
     return {name: value for name, value in content.items() if name in unset}
 
 
@@ -143,7 +144,7 @@ def verify(shards: str, **options) -> None:
 
     Exit codes: 0 everything fits; 1 problems were found, one per line; 2 something to mend.
     """
-    from wds_convnext.verify import verify as verify_shards
+    from wds_convnext.checks.verify import verify as verify_shards
 
     as_json = options.pop("json")
     options["jobs"] = options["jobs"] or os.cpu_count() or 1
@@ -161,7 +162,7 @@ def inspect(shards: str, **options) -> None:
     SHARDS is as for training; a folder stands for all splits in it. Parquet files (a folder, a
     glob, a file) are described, too: schema, rows, row groups, compression.
     """
-    from wds_convnext.inspection import inspect as inspect_shards
+    from wds_convnext.checks.inspection import inspect as inspect_shards
 
     as_json = options.pop("json")
     options["jobs"] = options["jobs"] or os.cpu_count() or 1
@@ -181,7 +182,7 @@ def index(shards: str, **options) -> None:
     Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
     they are; damaged ones, and keys that come twice, are refused by name.
     """
-    from wds_convnext.indexing import index_shards, read_class_names
+    from wds_convnext.checks.indexing import index_shards, read_class_names
 
     as_json = options.pop("json")
     options["jobs"] = options["jobs"] or os.cpu_count() or 1

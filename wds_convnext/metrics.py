@@ -123,14 +123,11 @@ class RunLog:
 
     Only the main rank has one that does anything; `quiet` gives one that writes nothing.
     On a resume everything later than `start_step` is cut off first, so that the files are those
-    of an uninterrupted run. `keep_readings`: whether the machine's readings go into the files.
+    of an uninterrupted run.
     """
 
-    def __init__(
-        self, folder: Path, *, start_step: int, quiet: bool = False, keep_readings: bool = True
-    ):
+    def __init__(self, folder: Path, *, start_step: int, quiet: bool = False):
         self.quiet = quiet
-        self.keep_readings = keep_readings
         self._bar = None
         if quiet:
             return
@@ -166,7 +163,7 @@ class RunLog:
         """Log one interval's means and the machine's readings, under TensorBoard's names."""
         if self.quiet:
             return
-        self._record(step, values | (readings if self.keep_readings else {}))
+        self._record(step, values | readings)
         parts = [
             f"loss={values['train/loss']:.4f}",
             f"avg={values['train/avg_loss']:.4f}",

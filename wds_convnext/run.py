@@ -129,7 +129,6 @@ def _train(config: TrainConfig, compute: Compute) -> int:
         start_step=state.step,
         quiet=not world.is_main,
         # Files of CPU runs are compared bit for bit (tests/test_resume.py), so they hold none.
-        keep_readings=compute.device.type != "cpu",
     )
     step_batches = prefetch_to_device(batches, compute.device)
     if config.profile and world.is_main:

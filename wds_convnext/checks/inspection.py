@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from wds_convnext.conversion import is_held_out
+from wds_convnext.checks.labelmix import LabelMix, measure_label_mix
+from wds_convnext.checks.parquetinfo import ParquetSummary, summarise_parquet
+from wds_convnext.checks.sheet import draw_sheet
+from wds_convnext.checks.splits import MAX_CLASSES, ShardSplit, find_shard_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.imagecheck import ImageSurvey, inspect_image
-from wds_convnext.labelmix import LabelMix, measure_label_mix
 from wds_convnext.parallel import Progress, Workers
 from wds_convnext.parquet import find_splits
-from wds_convnext.parquetinfo import ParquetSummary, summarise_parquet
 from wds_convnext.reader import SampleReader, check_size
+from wds_convnext.reshard.conversion import is_held_out
 from wds_convnext.shards import Shard, ShardSet
-from wds_convnext.sheet import draw_sheet
-from wds_convnext.splits import MAX_CLASSES, ShardSplit, find_shard_splits
 from wds_convnext.tarindex import read_samples
 
 _MAX_CLASS_LINES = 20

@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from wds_convnext.conversion import Conversion, ReshardOptions, SplitReport, is_held_out
 from wds_convnext.errors import DataError, UsageError, WdsConvnextError
 from wds_convnext.parquet import find_splits, open_split
+from wds_convnext.reshard.conversion import Conversion, ReshardOptions, SplitReport, is_held_out
 from wds_convnext.rows import find_class_names
 
 

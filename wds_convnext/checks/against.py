@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from wds_convnext.conversion import unit_edges
+from wds_convnext.checks.problems import Problem, shorten
+from wds_convnext.checks.splits import ShardSplit
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.imagecheck import inspect_image
 from wds_convnext.parallel import Progress, Workers
 from wds_convnext.parquet import ParquetSplit, find_splits, open_split
-from wds_convnext.problems import Problem, shorten
 from wds_convnext.reader import SampleReader
+from wds_convnext.reshard.conversion import unit_edges
 from wds_convnext.rows import UNLABELLED, read_rows
 from wds_convnext.shards import Shard
-from wds_convnext.splits import ShardSplit
 from wds_convnext.tarindex import read_samples
 
 _ROW_KEY = re.compile(r"\d{9}|[1-9]\d{9,17}", re.ASCII)

@@ -11,11 +11,11 @@ import numpy as np
 from wds_convnext.errors import DataError
 from wds_convnext.imagecheck import ImageSurvey, inspect_image
 from wds_convnext.parquet import ParquetSplit
+from wds_convnext.reshard.scatter import Scatter, ranks_in_class
+from wds_convnext.reshard.spill import SpillWriter, read_spilled
+from wds_convnext.reshard.staging import recorded
+from wds_convnext.reshard.tarwriter import ShardWriter
 from wds_convnext.rows import UNLABELLED, label_numbers, read_labels, read_rows
-from wds_convnext.scatter import Scatter, ranks_in_class
-from wds_convnext.spill import SpillWriter, read_spilled
-from wds_convnext.staging import recorded
-from wds_convnext.tarwriter import ShardWriter
 
 NO_IMAGE = "its image is null"
 NO_LABEL = "its label is null or not a class"

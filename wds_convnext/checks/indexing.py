@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
-from wds_convnext.parallel import Progress, Workers
-from wds_convnext.reader import SampleReader
-from wds_convnext.shards import Manifest, Shard, write_atomically
-from wds_convnext.splits import (
+from wds_convnext.checks.splits import (
     MAX_CLASSES,
     ShardSplit,
     find_duplicate_keys,
     find_shard_splits,
     hash_keys,
 )
+from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
+from wds_convnext.parallel import Progress, Workers
+from wds_convnext.reader import SampleReader
+from wds_convnext.shards import Manifest, Shard, write_atomically
 from wds_convnext.tarindex import format_sidecar, index_samples, sidecar_path, walk_tar
 
 

@@ -19,7 +19,7 @@ from wds_convnext.errors import DataError, UsageError
 from wds_convnext.imagecheck import ImageSurvey
 from wds_convnext.parallel import Progress, Workers
 from wds_convnext.parquet import ParquetSplit
-from wds_convnext.passes import (
+from wds_convnext.reshard.passes import (
     NO_LABEL,
     CollectShard,
     CopyRows,
@@ -28,10 +28,10 @@ from wds_convnext.passes import (
     SpillRows,
     run_task,
 )
+from wds_convnext.reshard.scatter import Scatter
+from wds_convnext.reshard.staging import Staging
 from wds_convnext.rng import derive_key
-from wds_convnext.scatter import Scatter
 from wds_convnext.shards import Manifest, Shard, read_manifest, write_atomically
-from wds_convnext.staging import Staging
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
 _UNIT_BYTES = 256 << 20  # images in a spill file

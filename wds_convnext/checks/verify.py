@@ -14,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from wds_convnext.against import compare_with_input, find_inputs, splits_without_shards
-from wds_convnext.decode import decode_rgb
-from wds_convnext.errors import DataError, ShardError, WdsConvnextError
-from wds_convnext.parallel import Progress, Workers
-from wds_convnext.parquet import ParquetSplit
-from wds_convnext.problems import Problem, shorten
-from wds_convnext.reader import SampleReader, check_sha256, check_size
-from wds_convnext.shards import Shard
-from wds_convnext.splits import (
+from wds_convnext.checks.against import compare_with_input, find_inputs, splits_without_shards
+from wds_convnext.checks.problems import Problem, shorten
+from wds_convnext.checks.splits import (
     MAX_CLASSES,
     ShardSplit,
     find_duplicate_keys,
     find_shard_splits,
     hash_keys,
 )
+from wds_convnext.decode import decode_rgb
+from wds_convnext.errors import DataError, ShardError, WdsConvnextError
+from wds_convnext.parallel import Progress, Workers
+from wds_convnext.parquet import ParquetSplit
+from wds_convnext.reader import SampleReader, check_sha256, check_size
+from wds_convnext.shards import Shard
 from wds_convnext.tarindex import Member, format_sidecar, sidecar_path, walk_tar
 
 

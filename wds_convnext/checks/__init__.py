@@ -1,0 +1,1 @@
+"""Commands that look at shards: verify, inspect, index."""
