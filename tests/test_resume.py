@@ -61,7 +61,13 @@ def assert_same(one, two, where: str = "") -> None:
         assert one == two, where
 
 
-EXTRAS = {"--ema-decay": 0.9, "--accumulate": 2, "--batch-size": 4, "--drop-path-rate": 0.3}
+EXTRAS = {
+    "--ema-decay": 0.9,
+    "--accumulate": 2,
+    "--batch-size": 4,
+    "--drop-path-rate": 0.3,
+    "--epochs": 10,
+}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def test_killed_at_random_moments_and_resumed_is_as_if_never_killed(
     for attempt in range(3):
         process = start(command + (["--resume"] if attempt else []))
         wait_for_file(out / f"step-{2 * attempt + 2:09d}.pt", process)
-        time.sleep(rng.random() * 0.5)
+        time.sleep(rng.random() * 0.3)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
     run(command + ["--resume"])
