@@ -70,6 +70,7 @@ class GroupedCommand(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+        groups["Other"] = groups.pop("Other", [])  # last
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
