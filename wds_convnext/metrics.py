@@ -198,12 +198,12 @@ class RunLog:
             return
         self._writer.add_images("train/images", images[:16].cpu(), step)
 
-    def bad_samples(self, step: int, samples: list[dict]) -> None:
-        """Write replaced samples to bad_samples.jsonl."""
-        for sample in samples if not self.quiet else ():
-            self._bad_samples.write(json.dumps({"step": step, **sample}) + "\n")
-        if samples and not self.quiet:
-            self._bad_samples.flush()
+    def bad_samples(self, samples: list[dict]) -> None:
+        """Write replaced samples to bad_samples.jsonl; each names its step."""
+        if self.quiet:
+            return
+        self._bad_samples.writelines(json.dumps(sample) + "\n" for sample in samples)
+        self._bad_samples.flush()
 
     def close(self) -> None:
         if self._bar is not None:

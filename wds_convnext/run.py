@@ -27,7 +27,7 @@ from wds_convnext.build import (
 from wds_convnext.checkpoint import load_checkpoint
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.device import Normalizer, prefetch_to_device
-from wds_convnext.distributed import is_lost_peer, join_world, leave_world
+from wds_convnext.distributed import barrier, is_lost_peer, join_world, leave_world
 from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
 from wds_convnext.evaluate import EvalResult, evaluate
 from wds_convnext.gauges import profile_steps
@@ -85,6 +85,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
         run_folder.check_resumable(resumed["facts"], facts, warn=warn)
         state.load_state_dict(resumed)
         notes.append(f"Resumed at step {state.step}.")
+    barrier(world)  # every rank has looked at the folder
     if world.is_main:
         run_folder.prepare(folder, config, fresh=resumed is None)
     recipe = build_recipe(config, state, train_set.num_classes, compute)
@@ -124,12 +125,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
             compute=compute,
         )
     save = partial(run_folder.save, folder, state=state, facts=facts, keep=config.keep, world=world)
-    log = RunLog(
-        folder,
-        start_step=state.step,
-        quiet=not world.is_main,
-        # Files of CPU runs are compared bit for bit (tests/test_resume.py), so they hold none.
-    )
+    log = RunLog(folder, start_step=state.step, quiet=not world.is_main)
     step_batches = prefetch_to_device(batches, compute.device)
     if config.profile and world.is_main:
         trace = folder / "trace.json"

@@ -81,7 +81,8 @@ def fit(
         while state.step < last_step:
             epoch = order.epoch_of(state.step)
             step_batches = [watch.wait_for(batches) for _ in range(config.accumulate)]
-            bad_samples += [bad for batch in step_batches for bad in batch.bad_samples]
+            here = [bad for batch in step_batches for bad in batch.bad_samples]
+            bad_samples += [{"step": state.step + 1, **bad} for bad in here]
             do_step = train_step if state.step > first_step else partial(_first_step, log=log)
             do_step(state, step_batches, lr=rate(state.step), recipe=recipe)
             log.steps(state.step, order.steps_of(epoch), epoch=epoch)
@@ -91,8 +92,7 @@ def fit(
                 interval = _finite_interval(state, order, name_samples)
                 _log_interval(interval, state, watch, rate(state.step - 1), order, gauges, log)
                 _warn_of_skips(interval, state, order, name_samples, log)
-                _account_for_bad_samples(bad_samples, state, config, order, recipe, log)
-                bad_samples = []
+                bad_samples = _account_for(bad_samples, state, config, order, recipe, log)
             if ends_epoch:
                 _end_epoch(state, epoch, log)
             if validate and (is_last or (ends_epoch and epoch % config.val_every == 0)):
@@ -101,6 +101,7 @@ def fit(
             stopping = vote.should_stop(request.signal_name is not None)
             if stopping or is_last or state.step % config.save_every == 0:
                 _finite_interval(state, order, name_samples)
+                bad_samples = _account_for(bad_samples, state, config, order, recipe, log)
                 log.flush()
                 save("last")
             if stopping and not is_last:
@@ -217,17 +218,17 @@ def _log_interval(
     state.sums.start_interval()
 
 
-def _account_for_bad_samples(
+def _account_for(
     bad_samples: list[dict],
     state: TrainState,
     config: TrainConfig,
     order: TrainOrder,
     recipe: StepRecipe,
     log: RunLog,
-) -> None:
-    """Log the samples that were replaced, and stop the run if they are too many."""
+) -> list[dict]:
+    """Log the samples that were replaced, stop the run if they are too many; none are left over."""
     bad_samples = gather_lists(bad_samples, recipe.world)
-    log.bad_samples(state.step, bad_samples)
+    log.bad_samples(bad_samples)
     state.num_bad_samples += len(bad_samples)
     allowed = config.max_bad_samples * order.num_samples
     if state.num_bad_samples > allowed:
@@ -235,8 +236,9 @@ def _account_for_bad_samples(
         raise TrainingError(
             f"{state.num_bad_samples} samples of this epoch do not decode, more than "
             f"--max-bad-samples {config.max_bad_samples:g} of {order.num_samples} allows; the last "
-            f"is {last['shard']}, key {last['key']}: {last['reason']}. See bad_samples.jsonl."
+            f"is {last['shard']}, key {last['key']}: {last['reason']} See bad_samples.jsonl."
         )
+    return []
 
 
 def _end_epoch(state: TrainState, epoch: int, log: RunLog) -> None:
