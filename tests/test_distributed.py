@@ -85,7 +85,8 @@ def test_a_rank_that_dies_ends_the_others_quickly(shards, tmp_path):
 
     assert process.returncode != 0
     assert time.monotonic() - started < 45
-    assert "TrainingError: rank 0: another process of the run is gone" in output
+    # The other rank says so, unless torchrun, which names the signal, ends it before it can.
+    assert "rank 0: another process of the run is gone" in output or "SIGKILL" in output
     assert load_checkpoint(out / "last.pt")["step"] >= 5
 
 
