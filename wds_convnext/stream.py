@@ -8,6 +8,7 @@ float batches are four times the bytes.
 import atexit
 import multiprocessing
 import re
+import math
 import signal
 import sys
 import threading
@@ -94,9 +95,7 @@ class ShardStream(IterableDataset):
 
     def _load(self, reader: SampleReader, refs: SampleRefs) -> Batch:
         size = self.transform.image_size
-        images = torch.zeros((len(refs), 3, size, size), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()  # filled in place, so that handing it over copies nothing
+        images = _zeros((len(refs), 3, size, size), shared=get_worker_info() is not None)
         labels = torch.zeros(len(refs), dtype=torch.int64)
         draws = [None] * len(refs)
         if self.transform.NUM_DRAWS:
@@ -199,6 +198,14 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def _zeros(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
+    """A blank uint8 tensor; in shared memory, filled in place there, it is handed over uncopied."""
+    if not shared:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # fresh pages are zero
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class _ErrorsAsItems(IterableDataset):
