@@ -28,7 +28,7 @@ RUN = {
     "--model": "test_convnext",
     "--image-size": 32,
     "--batch-size": 16,
-    "--epochs": 12,
+    "--epochs": 24,
     "--warmup-epochs": 1,
     "--shuffle-buffer": 200,
     "--ema-decay": 0.9,
@@ -70,8 +70,9 @@ def steps_done(out: Path) -> int:
 @click.command()
 @click.argument("parquet", type=click.Path(exists=True))
 @click.option("--kills", default=40, show_default=True)
+@click.option("--longest", default=8.0, show_default=True, help="Most seconds until a kill.")
 @click.option("--seed", default=0, show_default=True)
-def main(parquet: str, kills: int, seed: int) -> None:
+def main(parquet: str, kills: int, longest: float, seed: int) -> None:
     """Torture a run on the shards of a small PARQUET folder."""
     rng, started, counts = random.Random(seed), time.monotonic(), Counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,14 +81,12 @@ def main(parquet: str, kills: int, seed: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         straight = Path(scratch) / "straight"
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-        began = time.monotonic()
         subprocess.run(train_command(shards, straight, workers=0), check=True, **quiet)
-        duration = time.monotonic() - began
         for kill in range(kills):
             workers, signum = rng.choice([0, 1, 3]), rng.choice(SIGNALS)
             command = train_command(shards, out, workers=workers)
             process = subprocess.Popen(command, start_new_session=True, **quiet)
-            time.sleep(rng.uniform(0, 1) * duration)
+            time.sleep(rng.uniform(0, longest))
             if process.poll() is None:
                 os.killpg(process.pid, signum)
                 counts[signum.name] += 1

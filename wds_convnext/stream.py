@@ -6,12 +6,13 @@ float batches are four times the bytes.
 """
 
 import atexit
+import math
 import multiprocessing
 import re
-import math
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from typing import NamedTuple
@@ -153,15 +154,18 @@ def make_loader(stream: ShardStream, *, workers: int, pin_memory: bool = False) 
         WdsConvnextError: what a worker met, as it was raised there.
         TrainingError: if a worker process died.
     """
-    loader = DataLoader(
-        _ErrorsAsItems(stream),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_stop_signals,
-        # fork shares the imported modules' memory and starts in 0.1 s; workers never touch CUDA.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
+    with warnings.catch_warnings():
+        # More workers than cores are refused, or meant, before this.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _ErrorsAsItems(stream),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_stop_signals,
+            # fork shares the imports' memory and starts in 0.1 s; workers never touch CUDA.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
     try:
         for item in _iterate(loader):
             if isinstance(item, WdsConvnextError):
