@@ -112,3 +112,19 @@ def children_of(process: subprocess.Popen) -> list[str]:
     """The process ids of a process's children, oldest first."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     return found.stdout.split()
+
+
+@pytest.mark.slow
+def test_a_resume_on_other_ranks_goes_on_with_the_same_global_batches(shards, tmp_path):
+    """From one process to two: the batch per process follows, weights are equal to rounding."""
+    run(train_command(shards, tmp_path / "one", **PLAIN))
+    run(train_command(shards, tmp_path / "both", "--max-steps", 7, **PLAIN))
+    command = train_command(shards, tmp_path / "both", "--resume", **PLAIN)
+    result = run(two_ranks(command, 29518))
+
+    assert "Resumed at step 7." in result.stdout
+    assert "world_size 2, the checkpoint had 1" in result.stderr
+    one, both = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "both"))
+    assert both["facts"]["batch_size"] == 4 and both["step"] == one["step"]
+    for key, value in one["model"].items():
+        torch.testing.assert_close(both["model"][key], value, rtol=1e-3, atol=1e-5)
