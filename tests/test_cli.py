@@ -236,3 +236,21 @@ def test_train_without_shards_says_so(capsys, tmp_path):
 
     assert code == 2
     assert "--shards is missing" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--ema-decay", 0.9), "the checkpoint has --ema-decay 0, this run 0.9"),
+        (("--model", "test_convnext2"), "the checkpoint is of model test_convnext"),
+    ],
+)
+def test_a_resume_as_something_else_is_one_line(capsys, finished, option, said):
+    """An average that begins in mid-run, another model: refused, and nothing changes."""
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+
+    code, _, err = call(capsys, "train", "--resume", finished, *option)
+
+    assert code == 2
+    assert said in err and len(err.strip().splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before

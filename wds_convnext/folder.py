@@ -122,6 +122,12 @@ def check_resumable(then: dict, now: dict, *, warn: Callable) -> None:
                 f"--resume: the checkpoint is of {what} {_short(then[what])}, this run has "
                 f"{_short(now[what])}. Start afresh without --resume, in another --out."
             )
+    if bool(then["config"]["ema_decay"]) != bool(now["config"]["ema_decay"]):
+        raise CheckpointError(
+            f"--resume: the checkpoint has --ema-decay {then['config']['ema_decay']:g}, this run "
+            f"{now['config']['ema_decay']:g}: an average cannot begin or end in mid-run. Resume "
+            "with the same, or start afresh without --resume, in another --out."
+        )
     differing = [key for key in then["data"] if then["data"][key] != now["data"].get(key)]
     if differing:
         told = ", ".join(f"{k} {then['data'][k]} (now {now['data'].get(k)})" for k in differing)

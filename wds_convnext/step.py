@@ -17,6 +17,8 @@ from wds_convnext.model import WeightAverage
 from wds_convnext.rng import derive_key
 from wds_convnext.stream import Batch
 
+_NUMBERS = ("step", "best_top1", "epoch_seconds", "num_bad_samples")  # of TrainState
+
 
 @dataclass
 class TrainState:
@@ -29,19 +31,17 @@ class TrainState:
     sums: StepSums
     step: int = 0  # steps done
     best_top1: float = -1.0
-    best_step: int = 0
     epoch_seconds: float = 0.0  # spent in the epoch under way
     num_bad_samples: int = 0  # in the epoch under way
 
     def state_dict(self) -> dict:
-        numbers = ("step", "best_top1", "best_step", "epoch_seconds", "num_bad_samples")
         return {
             "model": self.model.state_dict(),
             "ema": self.average.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sums": self.sums.state_dict(),
-            **{name: getattr(self, name) for name in numbers},
+            **{name: getattr(self, name) for name in _NUMBERS},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -52,7 +52,7 @@ class TrainState:
         keep_lr_on_device(self.optimizer, self.sums.epoch.device)
         self.scaler.load_state_dict(state["scaler"])
         self.sums.load_state_dict(state["sums"])
-        for name in ("step", "best_top1", "best_step", "epoch_seconds", "num_bad_samples"):
+        for name in _NUMBERS:
             setattr(self, name, state[name])
 
 

@@ -254,6 +254,6 @@ def _validate(state: TrainState, validate: Callable, save: Callable, log: RunLog
         result = validate()
     is_best = result.top1 > state.best_top1
     if is_best:
-        state.best_top1, state.best_step = result.top1, state.step
+        state.best_top1 = result.top1
         save("best")
     log.validation(state.step, result=result, best_top1=state.best_top1)
