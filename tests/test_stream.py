@@ -24,6 +24,7 @@ from wds_convnext.order import EvalOrder, TrainOrder
 from wds_convnext.reader import SampleReader, open_shards
 from wds_convnext.rng import uniform
 from wds_convnext.shards import ShardSet
+from wds_convnext.slots import Slots
 from wds_convnext.stream import Batch, ShardStream, make_loader
 from wds_convnext.transforms import EvalTransform, TrainTransform
 
@@ -160,6 +161,30 @@ def test_the_stream_is_the_same_for_any_number_of_workers(damaged_set, workers):
     assert_same(take(train_stream(damaged_set), 13, workers=workers), straight)
 
 
+def test_a_slow_trainer_sees_the_same_stream(shard_set, monkeypatch):
+    """No worker writes into a slot that has not been copied yet, however long that takes."""
+    straight = take(train_stream(shard_set), 8)
+    copy = Slots.copy
+
+    def slow_copy(slots, *place, **options):
+        time.sleep(0.1)
+        return copy(slots, *place, **options)
+
+    monkeypatch.setattr(Slots, "copy", slow_copy)
+
+    assert_same(take(train_stream(shard_set), 8, workers=2), straight)
+
+
+def test_the_stream_is_the_same_from_spawned_workers(shard_set, monkeypatch):
+    """As on systems without a safe fork."""
+    monkeypatch.setattr("wds_convnext.slots.START_METHOD", "spawn")
+    monkeypatch.setattr("wds_convnext.stream.START_METHOD", "spawn")
+
+    spawned = take(train_stream(shard_set), 7, workers=2)
+
+    assert_same(spawned, take(train_stream(shard_set), 7))
+
+
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("start", [1, 4, 5])
 def test_a_stream_that_starts_later_is_the_tail(shard_set, workers, start):
@@ -284,11 +309,13 @@ def test_a_replacement_moves_no_other_sample(shard_set, damaged_set):
     assert same.tolist() == [number not in (2, 3, 20) for number in numbers]
 
 
-def test_evaluation_leaves_a_bad_sample_out(damaged_set):
-    """Nothing takes its place: the result is over the samples that decode."""
-    batches = list(make_loader(eval_stream(damaged_set), workers=0))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_a_bad_sample_out(damaged_set, workers):
+    """Nothing takes its place, nor what its memory held: the result is over those that decode."""
+    batches = list(make_loader(eval_stream(damaged_set), workers=workers))
 
     seen = concatenated(batches)
+    assert not seen.images[~seen.is_real].any()
     assert seen.labels[seen.is_real].tolist() == [i % 4 for i in range(23) if i not in (2, 3, 20)]
     assert [bad["key"] for bad in seen.bad_samples] == ["0002", "0003", "0020"]
 

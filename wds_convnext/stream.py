@@ -1,22 +1,22 @@
 """The stream of batches: the only module that knows order, reading and decoding.
 
 Worker w of W makes the batches w, w + W, w + 2W, … whole; the DataLoader hands them over
-round-robin, so what the trainer sees does not depend on W. Images cross to the trainer as uint8;
-float batches are four times the bytes.
+round-robin, so what the trainer sees does not depend on W. Images cross to the trainer as uint8,
+through memory that both sides hold from the start (`slots`).
 """
 
 import atexit
-import math
+import itertools
 import multiprocessing
 import re
 import signal
-import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -25,6 +25,7 @@ from wds_convnext.order import EvalOrder, SampleRefs, TrainOrder
 from wds_convnext.reader import SampleReader
 from wds_convnext.rng import uniform
 from wds_convnext.shards import ShardSet
+from wds_convnext.slots import PREFETCH, START_METHOD, Slots
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _MAX_REPLACEMENTS = 64
@@ -34,7 +35,7 @@ _WORKER_DIED = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")
 class Batch(NamedTuple):
     """One batch of one rank."""
 
-    images: torch.Tensor  # uint8 (B, 3, S, S)
+    images: torch.Tensor  # uint8 (B, 3, S, S), channels_last
     labels: torch.Tensor  # int64 (B,)
     is_real: torch.Tensor  # bool (B,); False for the padding of a last evaluation batch
     bad_samples: list  # one dict (shard, key, offset, epoch, reason) per replaced sample
@@ -79,24 +80,39 @@ class ShardStream(IterableDataset):
             self.stop = order.num_micro_batches(batch_size=batch_size, world_size=world_size)
 
     def __iter__(self) -> Iterator[Batch | dict]:
-        worker = get_worker_info()
-        index, stride = self.start, 1
-        if worker is not None:
-            index, stride = self.start + worker.id, worker.num_workers
-        shard_set = self.shard_set
-        reader = SampleReader(shard_set.shards, label_field=shard_set.label_field)
-        with closing(reader):
-            while self.stop is None or index < self.stop:
-                refs = self.order.micro_batch(index, **self.place)
-                if self.decode:
-                    yield self._load(reader, refs)
-                else:
-                    yield from self._raw_samples(reader, refs)
-                index += stride
+        return self.batches(self.new_images) if self.decode else self._raw_samples()
 
-    def _load(self, reader: SampleReader, refs: SampleRefs) -> Batch:
+    def new_images(self) -> torch.Tensor:
+        """Memory for the images of one batch."""
         size = self.transform.image_size
-        images = _zeros((len(refs), 3, size, size), shared=get_worker_info() is not None)
+        shape = (self.place["batch_size"], size, size, 3)
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def batches(self, next_images: Callable[[], torch.Tensor]) -> Iterator[Batch]:
+        """This worker's batches, each with its images written into what `next_images` gives."""
+        with closing(self._open_reader()) as reader:
+            for refs in self._micro_batches():
+                yield self._load(reader, refs, next_images())
+
+    def _raw_samples(self) -> Iterator[dict]:
+        with closing(self._open_reader()) as reader:
+            for refs in self._micro_batches():
+                for shard, sample in zip(refs.shard[refs.is_real], refs.sample[refs.is_real]):
+                    yield reader.read_raw(int(shard), int(sample))
+
+    def _open_reader(self) -> SampleReader:
+        return SampleReader(self.shard_set.shards, label_field=self.shard_set.label_field)
+
+    def _micro_batches(self) -> Iterator[SampleRefs]:
+        """The references of this worker's batches."""
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in itertools.count(self.start + first, stride):
+            if self.stop is not None and index >= self.stop:
+                return
+            yield self.order.micro_batch(index, **self.place)
+
+    def _load(self, reader: SampleReader, refs: SampleRefs, images: torch.Tensor) -> Batch:
         labels = torch.zeros(len(refs), dtype=torch.int64)
         draws = [None] * len(refs)
         if self.transform.NUM_DRAWS:
@@ -110,6 +126,8 @@ class ShardStream(IterableDataset):
                 refs.is_real[i] = False
             else:
                 images[i], labels[i] = loaded
+        for i in (~refs.is_real).nonzero()[0]:
+            images[i] = 0  # the memory was another batch's
         return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
 
     def _load_first_good(self, reader: SampleReader, shard: int, sample: int, draws):
@@ -142,35 +160,40 @@ class ShardStream(IterableDataset):
             f"{reasons[-1]['key']} ({reasons[0]['reason']}). Write the shard again."
         )
 
-    def _raw_samples(self, reader: SampleReader, refs: SampleRefs) -> Iterator[dict]:
-        for shard, sample in zip(refs.shard[refs.is_real], refs.sample[refs.is_real]):
-            yield reader.read_raw(int(shard), int(sample))
-
 
 def make_loader(stream: ShardStream, *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """Iterate over a stream's batches, made by `workers` processes (0: in this one).
 
+    Args:
+        pin_memory: whether the images are to lie in page-locked memory.
     Raises:
         WdsConvnextError: what a worker met, as it was raised there.
         TrainingError: if a worker process died.
     """
+    if workers == 0:
+        for batch in stream:
+            yield batch._replace(images=batch.images.pin_memory()) if pin_memory else batch
+        return
+    slots = Slots(workers, stream.place["batch_size"], stream.transform.image_size)
     with warnings.catch_warnings():
         # More workers than cores are refused, or meant, before this.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
-            _ErrorsAsItems(stream),
+            _Worker(stream, slots),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=workers,
-            pin_memory=pin_memory,
+            prefetch_factor=PREFETCH,
             worker_init_fn=_ignore_stop_signals,
-            # fork shares the imports' memory and starts in 0.1 s; workers never touch CUDA.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context=START_METHOD,
         )
     try:
         for item in _iterate(loader):
             if isinstance(item, WdsConvnextError):
                 raise item
-            yield item
+            images = slots.copy(item.worker, item.slot, pin_memory=pin_memory)
+            labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
+            yield Batch(images, labels, is_real, item.bad_samples)
     except (RuntimeError, EOFError, ConnectionError) as error:
         # EOFError and ConnectionError: it died while it handed a batch over.
         if type(error) is RuntimeError and not _WORKER_DIED.match(str(error)):
@@ -179,6 +202,44 @@ def make_loader(stream: ShardStream, *, workers: int, pin_memory: bool = False) 
             f"A loader worker died ({str(error) or type(error).__name__}). The usual cause is "
             "memory: use fewer --workers or a smaller --batch-size. The last checkpoint is whole."
         ) from None
+
+
+class _Handover(NamedTuple):
+    """What crosses the pipe for a batch: where its images are, and the rest of it."""
+
+    worker: int
+    slot: int
+    labels: np.ndarray
+    is_real: np.ndarray
+    bad_samples: list
+
+
+class _Worker(IterableDataset):
+    """What runs in a worker process: fills its slots in turn.
+
+    An error of ours goes over as an item: DataLoader would wrap it into its traceback.
+    """
+
+    def __init__(self, stream: ShardStream, slots: Slots):
+        super().__init__()
+        self.stream = stream
+        self.slots = slots
+
+    def __iter__(self) -> Iterator[_Handover | WdsConvnextError]:
+        worker = get_worker_info().id
+        turns = itertools.cycle(range(len(self.slots)))
+        into = (self.slots.images(worker, slot) for slot in turns)
+        try:
+            for number, batch in enumerate(self.stream.batches(into.__next__)):
+                slot = number % len(self.slots)
+                labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
+                yield _Handover(worker, slot, labels, is_real, batch.bad_samples)
+        except WdsConvnextError as error:
+            yield error
+
+
+def _as_it_is(item):
+    return item
 
 
 def _iterate(loader: DataLoader) -> Iterator:
@@ -202,28 +263,6 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def _zeros(shape: tuple[int, ...], *, shared: bool) -> torch.Tensor:
-    """A blank uint8 tensor; in shared memory, filled in place there, it is handed over uncopied."""
-    if not shared:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # fresh pages are zero
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-class _ErrorsAsItems(IterableDataset):
-    """Hands a worker's error over as an item: DataLoader would wrap it into its traceback."""
-
-    def __init__(self, stream: ShardStream):
-        super().__init__()
-        self.stream = stream
-
-    def __iter__(self):
-        try:
-            yield from self.stream
-        except WdsConvnextError as error:
-            yield error
 
 
 def _ignore_stop_signals(worker_id: int) -> None:

@@ -77,7 +77,7 @@ class EvalTransform:
         image = _resize(pixels, height, width)
         top = round((height - self.image_size) / 2)
         left = round((width - self.image_size) / 2)
-        return image[:, top : top + self.image_size, left : left + self.image_size].contiguous()
+        return image[:, top : top + self.image_size, left : left + self.image_size]
 
 
 def random_crop_box(
@@ -125,11 +125,11 @@ def _resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def _resize(pixels_HWC: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Bilinear, antialiased; uint8 (3, height, width)."""
-    pixels_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
+    """Bilinear, antialiased; uint8 (3, height, width), a pixel's three bytes side by side."""
+    pixels_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(
         pixels_1CHW, size=(height, width), mode="bilinear", antialias=True
-    )[0].contiguous()
+    )[0]
 
 
 def _jitter_color(image: torch.Tensor, factors: Sequence[float], order: float) -> torch.Tensor:
