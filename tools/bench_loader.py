@@ -22,12 +22,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import click
+
+from wds_convnext.measure import measure_loader, process_tree
 
 BATCH_SIZE = 64
 IMAGE_SIZE = 224
@@ -293,52 +294,17 @@ def _write_beton(work: Path) -> None:
 
 def measure(name: str, work: Path, workers: int, num_images: int) -> dict:
     """One loader in this process: after a warm-up, its rate, CPU time and memory."""
-    from peak_memory import process_tree, pss_bytes
-
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.3):
-            peak = max(peak, sum(map(pss_bytes, process_tree(os.getpid()))))
-
-    threading.Thread(target=watch, daemon=True).start()
-    batches = LOADERS[name](work, workers)
-    started = time.perf_counter()
-    next(batches)
-    first_s = time.perf_counter() - started
-    for _ in range(8 + 4 * workers):
-        next(batches)
-    num_batches = max(1, num_images // BATCH_SIZE)
-    cpu, started = _tree_cpu_s(process_tree), time.perf_counter()
-    for _ in range(num_batches):
-        next(batches)
-    seconds, cpu_s = time.perf_counter() - started, _tree_cpu_s(process_tree) - cpu
-    done.set()
-    measured = num_batches * BATCH_SIZE
-    return {
-        "images_per_s": measured / seconds,
-        "cpu_ms_per_image": 1e3 * cpu_s / measured,
-        "peak_pss_mib": peak / 2**20,
-        "first_batch_s": first_s,
-    }
-
-
-def _tree_cpu_s(process_tree: Callable) -> float:
-    ticks = 0
-    for pid in process_tree(os.getpid()):
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        ticks += sum(map(int, fields[11:15]))  # its own, and those of children that ended
-    return ticks / os.sysconf("SC_CLK_TCK")
+    cost = measure_loader(
+        LOADERS[name](work, workers),
+        batch_size=BATCH_SIZE,
+        num_images=num_images,
+        warmup_batches=8 + 4 * workers,
+    )
+    return asdict(cost)
 
 
 def _end_at_once() -> None:
     """End this process and its endless workers, without waiting for them."""
-    from peak_memory import process_tree
-
     for pid in process_tree(os.getpid())[1:]:
         os.kill(pid, signal.SIGKILL)
     os._exit(0)

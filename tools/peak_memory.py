@@ -8,31 +8,10 @@ Linux only: it reads /proc/PID/smaps_rollup.
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from wds_convnext.measure import process_tree, pss_bytes
 
 INTERVAL_S = 0.1
-
-
-def process_tree(root: int) -> list[int]:
-    """A process and all below it."""
-    found = [root]
-    for pid in found:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                found += map(int, children.read_text().split())
-            except OSError:
-                continue  # it ended meanwhile
-    return found
-
-
-def pss_bytes(pid: int) -> int:
-    """Proportional set size of a process; 0 if it is gone."""
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0
-    line = next((line for line in rollup.splitlines() if line.startswith("Pss:")), "Pss: 0 kB")
-    return int(line.split()[1]) * 1024
 
 
 def main() -> int:

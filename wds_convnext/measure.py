@@ -1,0 +1,106 @@
+"""What a loader costs: rate, CPU time, memory and start, over its whole process tree.
+
+Linux only where it reads /proc; elsewhere memory and CPU time are None.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_WATCH_EVERY_S = 0.3  # reading smaps_rollup takes milliseconds of a core
+
+
+@dataclass(frozen=True)
+class LoaderCost:
+    """What was measured of one loader."""
+
+    images_per_s: float
+    cpu_ms_per_image: float | None  # user and system time of all processes
+    peak_pss_mib: float | None  # pages that processes share are counted once
+    first_batch_s: float  # from the first `next` to its batch
+
+
+def measure_loader(
+    batches: Iterator, *, batch_size: int, num_images: int, warmup_batches: int
+) -> LoaderCost:
+    """Take batches: the first, some to warm up, then about num_images under the clock."""
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        next(batches)
+        first_batch_s = time.perf_counter() - started
+        for _ in range(warmup_batches):
+            next(batches)
+        num_batches = max(1, num_images // batch_size)
+        cpu_before, started = tree_cpu_s(), time.perf_counter()
+        for _ in range(num_batches):
+            next(batches)
+        seconds, cpu_after = time.perf_counter() - started, tree_cpu_s()
+    measured = num_batches * batch_size
+    return LoaderCost(
+        images_per_s=measured / seconds,
+        cpu_ms_per_image=None if cpu_after is None else 1e3 * (cpu_after - cpu_before) / measured,
+        peak_pss_mib=memory.peak_mib,
+        first_batch_s=first_batch_s,
+    )
+
+
+class PeakMemory:
+    """Watches the proportional set size (PSS) of this process and all below it."""
+
+    def __init__(self):
+        self.peak_mib: float | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            now = sum(map(pss_bytes, process_tree(os.getpid()))) / 2**20
+            if now:
+                self.peak_mib = max(self.peak_mib or 0, now)
+            if self._done.wait(_WATCH_EVERY_S):
+                return
+
+
+def process_tree(root: int) -> list[int]:
+    """A process and all below it."""
+    found = [root]
+    for pid in found:
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            try:
+                found += map(int, children.read_text().split())
+            except OSError:
+                continue  # it ended meanwhile
+    return found
+
+
+def pss_bytes(pid: int) -> int:
+    """Proportional set size of a process; 0 if it is gone."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    line = next((line for line in rollup.splitlines() if line.startswith("Pss:")), "Pss: 0 kB")
+    return int(line.split()[1]) * 1024
+
+
+def tree_cpu_s() -> float | None:
+    """CPU seconds of this process and all below it, those that ended included."""
+    ticks = None
+    for pid in process_tree(os.getpid()):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        ticks = (ticks or 0) + sum(map(int, fields[11:15]))
+    return None if ticks is None else ticks / os.sysconf("SC_CLK_TCK")
