@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import UsageError
-from wds_convnext.order import EvalOrder, TrainOrder
+from wds_convnext.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.rng import permute, subkeys, uniform
 
 GOLDEN = {
@@ -223,6 +223,27 @@ def test_steps_and_epochs_meet():
     assert [order.epoch_of(step) for step in range(8)] == [0, 0, 0, 1, 1, 2, 2, 2]
     assert [list(order.steps_of(epoch)) for epoch in range(3)] == [[0, 1, 2], [3, 4], [5, 6, 7]]
     assert order.num_steps(3) == 8
+
+
+@given(
+    sizes=shard_sizes,
+    batch=st.integers(1, 40),
+    epochs=st.integers(1, 12),
+    every=st.integers(1, 5),
+    max_steps=st.integers(1, 60),
+)
+def test_validation_is_due_at_the_ends_of_its_epochs_and_of_the_run(
+    sizes, batch, epochs, every, max_steps
+):
+    """Epoch 0, every, 2 * every …, where a step ends them, and once at the last step."""
+    order = make_order(sizes, batch=batch)
+    last_step = min(order.num_steps(epochs), max_steps)
+    schedule = ValidationSchedule(order, every=every, last_step=last_step)
+
+    due = [step for step in range(1, last_step + 1) if schedule.is_due(step)]
+
+    ends = {order.num_steps(e + 1) for e in range(0, epochs, every) if order.steps_of(e)}
+    assert due == sorted({end for end in ends if end <= last_step} | {last_step})
 
 
 def test_golden_order():

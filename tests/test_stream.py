@@ -24,9 +24,9 @@ from wds_convnext.order import EvalOrder, TrainOrder
 from wds_convnext.reader import SampleReader, open_shards
 from wds_convnext.rng import uniform
 from wds_convnext.shards import ShardSet
-from wds_convnext.slots import Slots
-from wds_convnext.stream import Batch, ShardStream, make_loader
+from wds_convnext.stream import Batch, ShardStream, ValidatedStream, make_loader
 from wds_convnext.transforms import EvalTransform, TrainTransform
+from wds_convnext.workers import Slots
 
 # More workers than cores, on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -177,12 +177,28 @@ def test_a_slow_trainer_sees_the_same_stream(shard_set, monkeypatch):
 
 def test_the_stream_is_the_same_from_spawned_workers(shard_set, monkeypatch):
     """As on systems without a safe fork."""
-    monkeypatch.setattr("wds_convnext.slots.START_METHOD", "spawn")
-    monkeypatch.setattr("wds_convnext.stream.START_METHOD", "spawn")
+    monkeypatch.setattr("wds_convnext.workers.START_METHOD", "spawn")
 
     spawned = take(train_stream(shard_set), 7, workers=2)
 
     assert_same(spawned, take(train_stream(shard_set), 7))
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize(("start", "accumulate"), [(0, 1), (2, 1), (6, 2)])
+def test_validation_comes_in_its_place_and_changes_nothing(shard_set, workers, start, accumulate):
+    """After each step that is due the whole split, then the training stream goes on."""
+    train = train_stream(shard_set, start=start)
+    stream = ValidatedStream(
+        train, eval_stream(shard_set), accumulate=accumulate, is_due={2, 4}.__contains__
+    )
+    training = take(train, 10 - start)
+    validation = list(make_loader(eval_stream(shard_set), workers=0))
+    expected = []
+    for number, batch in enumerate(training, start + 1):
+        expected += [batch, *(validation if number / accumulate in (2, 4) else [])]
+
+    assert_same(take(stream, len(expected), workers=workers), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])

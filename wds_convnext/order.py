@@ -137,6 +137,25 @@ class TrainOrder:
         return _ShardMap(self.sizes)
 
 
+@dataclass(frozen=True)
+class ValidationSchedule:
+    """After which steps a run validates: those that end epoch 0, every, 2 * every …, and its last.
+
+    Args:
+        last_step: the number of steps after which the run ends.
+    """
+
+    order: TrainOrder
+    every: int
+    last_step: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether the model is validated when `step` steps are done."""
+        epoch = self.order.epoch_of(step - 1)
+        ends_epoch = self.order.epoch_of(step) > epoch
+        return step == self.last_step or (ends_epoch and epoch % self.every == 0)
+
+
 @dataclass(frozen=True, eq=False)
 class EvalOrder:
     """Every sample once, in stored order; ranks take the same number of batches."""

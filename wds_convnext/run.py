@@ -2,8 +2,9 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ from wds_convnext.build import (
 from wds_convnext.checkpoint import load_checkpoint
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.device import Normalizer, prefetch_to_device
-from wds_convnext.distributed import barrier, is_lost_peer, join_world, leave_world
+from wds_convnext.distributed import World, barrier, is_lost_peer, join_world, leave_world
 from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
 from wds_convnext.evaluate import EvalResult, evaluate
 from wds_convnext.gauges import profile_steps
@@ -37,8 +38,8 @@ from wds_convnext.order import EvalOrder, SampleRefs, TrainOrder
 from wds_convnext.reader import SampleReader, check_sha256, find_validation, open_shards
 from wds_convnext.shards import ShardSet
 from wds_convnext.step import TrainState
-from wds_convnext.stream import Batch, ShardStream, make_loader
-from wds_convnext.train import fit
+from wds_convnext.stream import Batch, ShardStream, ValidatedStream, make_loader
+from wds_convnext.train import fit, validation_schedule
 from wds_convnext.transforms import EvalTransform, TrainTransform
 
 STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
@@ -97,64 +98,49 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     if warning:
         warn(warning)
 
-    stream = ShardStream(
-        train_set,
-        order,
-        batch_size=config.batch_size,
-        transform=TrainTransform(
-            config.image_size,
-            color_jitter=config.color_jitter,
-            scale=(config.min_crop, 1.0),
-            hflip=config.hflip,
-        ),
-        rank=world.rank,
-        world_size=world.size,
-        start=state.step * config.accumulate,
-    )
-    batches = make_loader(stream, workers=workers, pin_memory=compute.device.type == "cuda")
-    validate = None
+    stream = _train_stream(config, train_set, order, state, world)
+    val_stream = None
     if val_set is not None:
-        validate = partial(
-            _evaluate_split,
-            val_set,
-            recipe.forward,
-            batch_size=config.batch_size,
-            image_size=config.image_size,
-            workers=workers,
-            max_bad_samples=0.0,
-            compute=compute,
+        val_stream = _eval_stream(val_set, config.batch_size, config.image_size, world)
+        is_due = validation_schedule(config, order).is_due
+        stream = ValidatedStream(stream, val_stream, accumulate=config.accumulate, is_due=is_due)
+    evaluate_on = partial(_evaluate, val_stream, recipe.forward, compute=compute)
+    with (
+        run_folder.status(folder, state, world) as status,
+        _loading(stream, workers, compute) as batches,
+        closing(RunLog(folder, start_step=state.step, quiet=not world.is_main)) as log,
+        closing(_traced(batches, folder, config, world)) as step_batches,
+    ):
+        status.reason = fit(
+            state,
+            step_batches,
+            config=config,
+            order=order,
+            recipe=recipe,
+            log=log,
+            validate=val_stream and (lambda: evaluate_on(islice(batches, val_stream.stop))),
+            save=partial(
+                run_folder.save, folder, state=state, facts=facts, keep=config.keep, world=world
+            ),
+            name_samples=partial(_name_samples, train_set),
+            gauges=gauges,
         )
-    save = partial(run_folder.save, folder, state=state, facts=facts, keep=config.keep, world=world)
-    log = RunLog(folder, start_step=state.step, quiet=not world.is_main)
-    step_batches = prefetch_to_device(batches, compute.device)
-    if config.profile and world.is_main:
-        trace = folder / "trace.json"
-        step_batches = profile_steps(step_batches, trace, batches_per_step=config.accumulate)
-    with run_folder.status(folder, state, world) as status:
-        try:
-            status.reason = fit(
-                state,
-                step_batches,
-                config=config,
-                order=order,
-                recipe=recipe,
-                log=log,
-                validate=validate,
-                save=save,
-                name_samples=partial(_name_samples, train_set),
-                gauges=gauges,
-            )
-        finally:
-            step_batches.close()
-            log.close()
-            batches.close()
     if status.reason != "finished":
         say(f"Stopped by {status.reason} after step {state.step}; saved {folder / 'last.pt'}.")
         say(f"Continue with: wds-convnext train --resume {folder}")
         return STOPPED_EXIT_CODE
-    if validate:
-        _evaluate_best(folder, state, validate, say)
+    if val_stream:
+        with _loading(val_stream, workers, compute) as val_batches:
+            _evaluate_best(folder, state, partial(evaluate_on, val_batches), say)
     return 0
+
+
+def _traced(
+    batches: Iterator[Batch], folder: Path, config: TrainConfig, world: World
+) -> Iterator[Batch]:
+    if not (config.profile and world.is_main):
+        return batches
+    return profile_steps(batches, folder / "trace.json", batches_per_step=config.accumulate)
 
 
 def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
@@ -176,15 +162,12 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         model = create_model(facts["model"], num_classes=facts["num_classes"]).to(device)
         model.load_state_dict(content["ema"] or content["model"], strict=False)
         compute = Compute(world, device, choose_amp(config.amp, device))
-        result = _evaluate_split(
-            shard_set,
-            model,
-            batch_size=config.batch_size,
-            image_size=facts["preprocessing"]["image_size"],
-            workers=num_workers(config.workers, world),
-            max_bad_samples=config.max_bad_samples,
-            compute=compute,
-        )
+        image_size = facts["preprocessing"]["image_size"]
+        stream = _eval_stream(shard_set, config.batch_size, image_size, world)
+        with _loading(stream, num_workers(config.workers, world), compute) as batches:
+            result = _evaluate(
+                stream, model, batches, max_bad_samples=config.max_bad_samples, compute=compute
+            )
         about = {
             "model": facts["model"],
             "weights": "ema" if content["ema"] else "model",
@@ -198,19 +181,31 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         leave_world(world)
 
 
-def _evaluate_split(
-    shard_set: ShardSet,
-    forward: Callable,
-    *,
-    batch_size: int,
-    image_size: int,
-    workers: int,
-    max_bad_samples: float,
-    compute: Compute,
-) -> EvalResult:
-    """Every sample of a split once, over all ranks; `forward` is put into evaluation mode."""
-    world, device = compute.world, compute.device
-    stream = ShardStream(
+def _train_stream(
+    config: TrainConfig, shard_set: ShardSet, order: TrainOrder, state: TrainState, world: World
+) -> ShardStream:
+    """This rank's training batches from the state's step on."""
+    return ShardStream(
+        shard_set,
+        order,
+        batch_size=config.batch_size,
+        transform=TrainTransform(
+            config.image_size,
+            color_jitter=config.color_jitter,
+            scale=(config.min_crop, 1.0),
+            hflip=config.hflip,
+        ),
+        rank=world.rank,
+        world_size=world.size,
+        start=state.step * config.accumulate,
+    )
+
+
+def _eval_stream(
+    shard_set: ShardSet, batch_size: int, image_size: int, world: World
+) -> ShardStream:
+    """Every sample of a split once, over all ranks."""
+    return ShardStream(
         shard_set,
         EvalOrder(shard_set.sizes),
         batch_size=batch_size,
@@ -218,24 +213,42 @@ def _evaluate_split(
         rank=world.rank,
         world_size=world.size,
     )
-    loader = make_loader(
-        stream, workers=min(workers, stream.stop), pin_memory=device.type == "cuda"
-    )
-    loader = tqdm(
-        loader,
-        desc=f"Evaluating {shard_set.split}",
+
+
+@contextmanager
+def _loading(stream: ShardStream | ValidatedStream, workers: int, compute: Compute):
+    """A stream's batches on the device; the workers end with the context."""
+    if isinstance(stream, ShardStream) and stream.stop is not None:
+        workers = min(workers, stream.stop)
+    batches = make_loader(stream, workers=workers, pin_memory=compute.device.type == "cuda")
+    with closing(batches):
+        yield prefetch_to_device(batches, compute.device)
+
+
+def _evaluate(
+    stream: ShardStream,
+    forward: Callable,
+    batches: Iterator[Batch],
+    *,
+    compute: Compute,
+    max_bad_samples: float = 0.0,
+) -> EvalResult:
+    """Evaluate on the batches of a finite stream; `forward` is put into evaluation mode."""
+    split, device, is_main = stream.shard_set, compute.device, compute.world.is_main
+    bar = tqdm(
+        batches,
+        desc=f"Evaluating {split.split}",
         total=stream.stop,
         unit="batch",
         leave=False,
-        disable=None if world.is_main else True,  # None: only on a terminal
+        disable=None if is_main else True,  # None: only on a terminal
     )
-    allowed = max_bad_samples * shard_set.num_samples
     return evaluate(
         forward,
-        prefetch_to_device(_limit_bad_samples(loader, allowed), device),
+        _limit_bad_samples(bar, max_bad_samples * split.num_samples),
         normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, device),
         autocast=compute.autocast,
-        world=world,
+        world=compute.world,
     )
 
 

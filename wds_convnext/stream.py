@@ -2,34 +2,27 @@
 
 Worker w of W makes the batches w, w + W, w + 2W, … whole; the DataLoader hands them over
 round-robin, so what the trainer sees does not depend on W. Images cross to the trainer as uint8,
-through memory that both sides hold from the start (`slots`).
+through memory that both sides hold from the start (`workers`). Validation batches come from the
+same workers, in their place in the sequence, so nothing waits when a validation starts or ends.
 """
 
-import atexit
 import itertools
-import multiprocessing
-import re
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from wds_convnext.errors import DataError, ShardError, TrainingError, WdsConvnextError
-from wds_convnext.order import EvalOrder, SampleRefs, TrainOrder
+from wds_convnext.order import EvalOrder, TrainOrder
 from wds_convnext.reader import SampleReader
 from wds_convnext.rng import uniform
 from wds_convnext.shards import ShardSet
-from wds_convnext.slots import PREFETCH, START_METHOD, Slots
+from wds_convnext.workers import Slots, items_of_workers
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _MAX_REPLACEMENTS = 64
-_WORKER_DIED = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")
 
 
 class Batch(NamedTuple):
@@ -80,39 +73,24 @@ class ShardStream(IterableDataset):
             self.stop = order.num_micro_batches(batch_size=batch_size, world_size=world_size)
 
     def __iter__(self) -> Iterator[Batch | dict]:
-        return self.batches(self.new_images) if self.decode else self._raw_samples()
+        return load_batches(self) if self.decode else self._raw_samples()
+
+    def turns(self) -> Iterator[tuple["ShardStream", int]]:
+        """The batches to make, in order: whose, and the how manieth of it."""
+        numbers = itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
+        return ((self, number) for number in numbers)
 
     def new_images(self) -> torch.Tensor:
         """Memory for the images of one batch."""
-        size = self.transform.image_size
-        shape = (self.place["batch_size"], size, size, 3)
+        shape = (self.place["batch_size"], *[self.transform.image_size] * 2, 3)
         return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
-    def batches(self, next_images: Callable[[], torch.Tensor]) -> Iterator[Batch]:
-        """This worker's batches, each with its images written into what `next_images` gives."""
-        with closing(self._open_reader()) as reader:
-            for refs in self._micro_batches():
-                yield self._load(reader, refs, next_images())
-
-    def _raw_samples(self) -> Iterator[dict]:
-        with closing(self._open_reader()) as reader:
-            for refs in self._micro_batches():
-                for shard, sample in zip(refs.shard[refs.is_real], refs.sample[refs.is_real]):
-                    yield reader.read_raw(int(shard), int(sample))
-
-    def _open_reader(self) -> SampleReader:
+    def open_reader(self) -> SampleReader:
         return SampleReader(self.shard_set.shards, label_field=self.shard_set.label_field)
 
-    def _micro_batches(self) -> Iterator[SampleRefs]:
-        """The references of this worker's batches."""
-        worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for index in itertools.count(self.start + first, stride):
-            if self.stop is not None and index >= self.stop:
-                return
-            yield self.order.micro_batch(index, **self.place)
-
-    def _load(self, reader: SampleReader, refs: SampleRefs, images: torch.Tensor) -> Batch:
+    def load(self, number: int, reader: SampleReader, images: torch.Tensor) -> Batch:
+        """One batch of this stream, its images written into `images`."""
+        refs = self.order.micro_batch(number, **self.place)
         labels = torch.zeros(len(refs), dtype=torch.int64)
         draws = [None] * len(refs)
         if self.transform.NUM_DRAWS:
@@ -129,6 +107,13 @@ class ShardStream(IterableDataset):
         for i in (~refs.is_real).nonzero()[0]:
             images[i] = 0  # the memory was another batch's
         return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
+
+    def _raw_samples(self) -> Iterator[dict]:
+        with closing(self.open_reader()) as reader:
+            for _, number in _share_of_this_worker(self.turns()):
+                refs = self.order.micro_batch(number, **self.place)
+                for shard, sample in zip(refs.shard[refs.is_real], refs.sample[refs.is_real]):
+                    yield reader.read_raw(int(shard), int(sample))
 
     def _load_first_good(self, reader: SampleReader, shard: int, sample: int, draws):
         """(image, label), and why samples before it in its shard could not be used.
@@ -161,7 +146,54 @@ class ShardStream(IterableDataset):
         )
 
 
-def make_loader(stream: ShardStream, *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+class ValidatedStream(IterableDataset):
+    """A training stream with a whole validation stream after each step that `is_due` names.
+
+    Both have the same batch size and image size.
+    """
+
+    def __init__(
+        self, train: ShardStream, validation: ShardStream, *, accumulate: int, is_due: Callable
+    ):
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.accumulate, self.is_due = accumulate, is_due
+
+    def __iter__(self) -> Iterator[Batch]:
+        return load_batches(self)
+
+    def turns(self) -> Iterator[tuple[ShardStream, int]]:
+        for stream, number in self.train.turns():
+            yield stream, number
+            steps, rest = divmod(number + 1, self.accumulate)
+            if not rest and self.is_due(steps):
+                yield from self.validation.turns()
+
+    def new_images(self) -> torch.Tensor:
+        return self.train.new_images()
+
+
+def load_batches(
+    stream: ShardStream | ValidatedStream, next_images: Callable[[], torch.Tensor] | None = None
+) -> Iterator[Batch]:
+    """This worker's share of a stream, its images written into what `next_images` gives."""
+    next_images = next_images or stream.new_images
+    with ExitStack() as open_readers:
+        readers = {}
+        for source, number in _share_of_this_worker(stream.turns()):
+            if source not in readers:
+                readers[source] = open_readers.enter_context(closing(source.open_reader()))
+            yield source.load(number, readers[source], next_images())
+
+
+def _share_of_this_worker(turns: Iterator) -> Iterator:
+    worker = get_worker_info()
+    return turns if worker is None else itertools.islice(turns, worker.id, None, worker.num_workers)
+
+
+def make_loader(
+    stream: ShardStream | ValidatedStream, *, workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
     """Iterate over a stream's batches, made by `workers` processes (0: in this one).
 
     Args:
@@ -174,34 +206,14 @@ def make_loader(stream: ShardStream, *, workers: int, pin_memory: bool = False) 
         for batch in stream:
             yield batch._replace(images=batch.images.pin_memory()) if pin_memory else batch
         return
-    slots = Slots(workers, stream.place["batch_size"], stream.transform.image_size)
-    with warnings.catch_warnings():
-        # More workers than cores are refused, or meant, before this.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            _Worker(stream, slots),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=PREFETCH,
-            worker_init_fn=_ignore_stop_signals,
-            multiprocessing_context=START_METHOD,
-        )
-    try:
-        for item in _iterate(loader):
+    slots = Slots(workers, stream.new_images())
+    with closing(items_of_workers(_Worker(stream, slots), workers)) as items:
+        for item in items:
             if isinstance(item, WdsConvnextError):
                 raise item
             images = slots.copy(item.worker, item.slot, pin_memory=pin_memory)
             labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
             yield Batch(images, labels, is_real, item.bad_samples)
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        # EOFError and ConnectionError: it died while it handed a batch over.
-        if type(error) is RuntimeError and not _WORKER_DIED.match(str(error)):
-            raise
-        raise TrainingError(
-            f"A loader worker died ({str(error) or type(error).__name__}). The usual cause is "
-            "memory: use fewer --workers or a smaller --batch-size. The last checkpoint is whole."
-        ) from None
 
 
 class _Handover(NamedTuple):
@@ -220,7 +232,7 @@ class _Worker(IterableDataset):
     An error of ours goes over as an item: DataLoader would wrap it into its traceback.
     """
 
-    def __init__(self, stream: ShardStream, slots: Slots):
+    def __init__(self, stream: ShardStream | ValidatedStream, slots: Slots):
         super().__init__()
         self.stream = stream
         self.slots = slots
@@ -230,42 +242,9 @@ class _Worker(IterableDataset):
         turns = itertools.cycle(range(len(self.slots)))
         into = (self.slots.images(worker, slot) for slot in turns)
         try:
-            for number, batch in enumerate(self.stream.batches(into.__next__)):
+            for number, batch in enumerate(load_batches(self.stream, into.__next__)):
                 slot = number % len(self.slots)
                 labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
                 yield _Handover(worker, slot, labels, is_real, batch.bad_samples)
         except WdsConvnextError as error:
             yield error
-
-
-def _as_it_is(item):
-    return item
-
-
-def _iterate(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, with a worker's death met where an item is awaited, and nowhere else.
-
-    PyTorch's handler of SIGCHLD raises at whatever line this process is, so also inside an
-    optimizer update. Without it, waiting looks every 5 s whether the workers live.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-    # At exit multiprocessing waits for its children after a SIGTERM, which these ignore: without
-    # this a process that ends by a traceback never ends. Registered last, it is called first.
-    atexit.unregister(_kill_workers)
-    atexit.register(_kill_workers)
-    return items
-
-
-def _kill_workers() -> None:
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def _ignore_stop_signals(worker_id: int) -> None:
-    """The trainer decides when to stop; a signal to its whole process group must not kill these."""
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)

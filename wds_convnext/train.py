@@ -13,7 +13,7 @@ from wds_convnext.evaluate import EvalResult
 from wds_convnext.gauges import Gauges
 from wds_convnext.metrics import Interval, RunLog, Stopwatch
 from wds_convnext.optim import lr_at, scaled_lr
-from wds_convnext.order import SampleRefs, TrainOrder
+from wds_convnext.order import SampleRefs, TrainOrder, ValidationSchedule
 from wds_convnext.step import (
     StepRecipe,
     TrainState,
@@ -21,7 +21,8 @@ from wds_convnext.step import (
     eager_loss,
     train_step,
 )
-from wds_convnext.stream import STOP_SIGNALS, Batch
+from wds_convnext.stream import Batch
+from wds_convnext.workers import STOP_SIGNALS
 
 _NUM_NAMED = 8  # samples of a failed step that a message names
 # Relative, of a mean over a batch: half precision rounds elsewhere when operations are fused.
@@ -65,7 +66,8 @@ def fit(
 
     Args:
         batches: this rank's, endless, from the state's step on.
-        validate: evaluates the model on the validation split.
+        validate: evaluates the model on the validation split; called where
+            `validation_schedule` says.
         save: writes a checkpoint of a name (`last`, `best`).
         name_samples: shard and key of samples, for messages.
     Returns:
@@ -73,8 +75,8 @@ def fit(
     Raises:
         TrainingError: if a loss or gradient is not finite, or too many samples do not decode.
     """
-    num_steps = order.num_steps(config.epochs)
-    last_step = min(num_steps, config.max_steps or num_steps)
+    schedule = validation_schedule(config, order)
+    last_step = schedule.last_step
     first_step, rate = state.step, lr_schedule(config, order)
     vote, watch, bad_samples = StopVote(recipe.world), Stopwatch(), []
     with StopRequest() as request:
@@ -95,7 +97,7 @@ def fit(
                 bad_samples = _account_for(bad_samples, state, config, order, recipe, log)
             if ends_epoch:
                 _end_epoch(state, epoch, log)
-            if validate and (is_last or (ends_epoch and epoch % config.val_every == 0)):
+            if validate and schedule.is_due(state.step):
                 _validate(state, validate, save, log)
                 watch.lap()
             stopping = vote.should_stop(request.signal_name is not None)
@@ -107,6 +109,14 @@ def fit(
             if stopping and not is_last:
                 return request.signal_name or "a signal to another process"
     return "finished"
+
+
+def validation_schedule(config: TrainConfig, order: TrainOrder) -> ValidationSchedule:
+    """After which steps of a run the model is validated, and which is its last."""
+    num_steps = order.num_steps(config.epochs)
+    return ValidationSchedule(
+        order, every=config.val_every, last_step=min(num_steps, config.max_steps or num_steps)
+    )
 
 
 def lr_schedule(config: TrainConfig, order: TrainOrder) -> Callable[[int], float]:
