@@ -9,6 +9,7 @@ same workers, in their place in the sequence, so nothing waits when a validation
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -197,23 +198,33 @@ def make_loader(
     """Iterate over a stream's batches, made by `workers` processes (0: in this one).
 
     Args:
-        pin_memory: whether the images are to lie in page-locked memory.
+        pin_memory: whether the tensors are to lie in page-locked memory.
     Raises:
         WdsConvnextError: what a worker met, as it was raised there.
         TrainingError: if a worker process died.
     """
     if workers == 0:
-        for batch in stream:
-            yield batch._replace(images=batch.images.pin_memory()) if pin_memory else batch
+        yield from map(partial(_keep, pin_memory=True), stream) if pin_memory else stream
         return
     slots = Slots(workers, stream.new_images())
     with closing(items_of_workers(_Worker(stream, slots), workers)) as items:
         for item in items:
             if isinstance(item, WdsConvnextError):
                 raise item
-            images = slots.copy(item.worker, item.slot, pin_memory=pin_memory)
+            images = slots.images(item.worker, item.slot)
             labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
-            yield Batch(images, labels, is_real, item.bad_samples)
+            yield _keep(Batch(images, labels, is_real, item.bad_samples), pin_memory=pin_memory)
+
+
+def _keep(batch: Batch, *, pin_memory: bool) -> Batch:
+    """The batch in memory of its own."""
+    own = torch.Tensor.pin_memory if pin_memory else _copy
+    return Batch(*map(own, batch[:3]), batch.bad_samples)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    # numpy keeps to this thread, where torch would wake one per core, and reuses large pages.
+    return torch.from_numpy(tensor.numpy().copy(order="K"))
 
 
 class _Handover(NamedTuple):

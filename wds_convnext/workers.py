@@ -52,13 +52,6 @@ class Slots:
         """The slot itself, to write to."""
         return self._images[worker, slot].permute(0, 3, 1, 2)
 
-    def copy(self, worker: int, slot: int, *, pin_memory: bool = False) -> torch.Tensor:
-        """The slot's images in memory of their own."""
-        images = self._images[worker, slot]
-        if pin_memory:
-            return images.pin_memory().permute(0, 3, 1, 2)
-        return torch.from_numpy(images.numpy().copy()).permute(0, 3, 1, 2)
-
 
 def items_of_workers(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
     """What the copies of a data set in worker processes yield, in turn, pickled as it is.
