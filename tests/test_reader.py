@@ -267,9 +267,12 @@ def test_another_size_than_the_manifests_is_refused(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    """Before anything is read."""
+    """Before anything is read; asking for its bytes ahead of time stops nothing."""
+    reader = SampleReader((Shard(str(tmp_path / "gone.tar"), 1),))
+    reader.will_read(0, 0)
+
     with pytest.raises(ShardError, match=r"gone.tar: No such file or directory. Run make shards"):
-        SampleReader((Shard(str(tmp_path / "gone.tar"), 1),)).read(0, 0)
+        reader.read(0, 0)
 
 
 def test_a_shard_cut_after_it_was_indexed_is_refused(tmp_path):
@@ -457,3 +460,17 @@ def test_reading_is_one_pread_and_two_header_checks(tmp_path):
         Path(shard).write_bytes(damaged)
         with pytest.raises(ShardError, match="where its index says so"):
             reader.read(0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no posix_fadvise")
+def test_bytes_asked_for_are_those_that_are_read(tmp_path, monkeypatch):
+    """The image and its header, so that nothing else has to come from the disk first."""
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *where: asked.append(where))
+    members = sample_members(3)
+    reader = SampleReader((Shard(write_tar(tmp_path / "a.tar", members), 3),))
+
+    reader.will_read(0, 2)
+
+    offset, num_bytes = reader.describe(0, 2)["offset"], len(reader.read(0, 2)[0])
+    assert asked == [(offset - 512, num_bytes, os.POSIX_FADV_WILLNEED)]

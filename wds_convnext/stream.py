@@ -89,6 +89,12 @@ class ShardStream(IterableDataset):
     def open_reader(self) -> SampleReader:
         return SampleReader(self.shard_set.shards, label_field=self.shard_set.label_field)
 
+    def will_load(self, number: int, reader: SampleReader) -> None:
+        """Have the bytes of a batch fetched."""
+        refs = self.order.micro_batch(number, **self.place)
+        for shard, sample in zip(refs.shard.tolist(), refs.sample.tolist()):
+            reader.will_read(shard, sample)
+
     def load(self, number: int, reader: SampleReader, images: torch.Tensor) -> Batch:
         """One batch of this stream, its images written into `images`."""
         refs = self.order.micro_batch(number, **self.place)
@@ -177,14 +183,23 @@ class ValidatedStream(IterableDataset):
 def load_batches(
     stream: ShardStream | ValidatedStream, next_images: Callable[[], torch.Tensor] | None = None
 ) -> Iterator[Batch]:
-    """This worker's share of a stream, its images written into what `next_images` gives."""
+    """This worker's share of a stream, its images written into what `next_images` gives.
+
+    A batch's bytes are asked for while the batch before it is decoded: the order is known.
+    """
     next_images = next_images or stream.new_images
     with ExitStack() as open_readers:
-        readers = {}
-        for source, number in _share_of_this_worker(stream.turns()):
-            if source not in readers:
-                readers[source] = open_readers.enter_context(closing(source.open_reader()))
-            yield source.load(number, readers[source], next_images())
+        readers, turn = {}, None
+        for coming in itertools.chain(_share_of_this_worker(stream.turns()), [None]):
+            if coming is not None:
+                source, number = coming
+                if source not in readers:
+                    readers[source] = open_readers.enter_context(closing(source.open_reader()))
+                source.will_load(number, readers[source])
+            if turn is not None:
+                source, number = turn
+                yield source.load(number, readers[source], next_images())
+            turn = coming
 
 
 def _share_of_this_worker(turns: Iterator) -> Iterator:
