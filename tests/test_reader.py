@@ -473,4 +473,4 @@ def test_bytes_asked_for_are_those_that_are_read(tmp_path, monkeypatch):
     reader.will_read(0, 2)
 
     offset, num_bytes = reader.describe(0, 2)["offset"], len(reader.read(0, 2)[0])
-    assert asked == [(offset - 512, num_bytes, os.POSIX_FADV_WILLNEED)]
+    assert asked == [(offset - 512, 512 + num_bytes, os.POSIX_FADV_WILLNEED)]

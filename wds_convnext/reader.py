@@ -89,7 +89,7 @@ class SampleReader:
             with suppress(ShardError, OSError):
                 (offset, num_bytes), _ = self._members(shard, sample)
                 file = self._file(shard)
-                os.posix_fadvise(file, offset - BLOCK, num_bytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file, offset - BLOCK, BLOCK + num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_label(self, shard: int, sample: int) -> int:
         """The label of one sample, without reading its image. Raises as `read` does."""
