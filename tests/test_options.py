@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import wds_convnext
 from wds_convnext.cli import commands
-from wds_convnext.config import ByteSize, EvalConfig, ShardsConfig, TrainConfig, option
+from wds_convnext.config import BenchConfig, ByteSize, EvalConfig, ShardsConfig, TrainConfig, option
 from wds_convnext.errors import UsageError
 from wds_convnext.options import (
     GroupedCommand,
@@ -24,7 +24,7 @@ from wds_convnext.options import (
 )
 
 RECIPES = sorted((Path(wds_convnext.__file__).parent / "recipes").glob("*.toml"))
-CONFIGS = [TrainConfig, EvalConfig, ShardsConfig]
+CONFIGS = [TrainConfig, EvalConfig, ShardsConfig, BenchConfig]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,16 @@ SOURCES = {
     "config": (["--config", "{}/mine.toml"], {}),
     "recipe": (["--recipe", "small"], {}),
 }
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["--lr", "--min-crop", "--ema-decay", "--mixup", "--hflip"])
+def test_numbers_are_finite(name, value):
+    """A nan lies in every range of click's, and a run with it would train on nothing."""
+    result = CliRunner().invoke(commands, ["train", "--shards", "s", name, value])
+
+    assert result.exit_code == 2
+    assert "is not in the range" in result.output or "no finite number" in result.output
 
 
 @pytest.mark.parametrize("strongest", range(5))

@@ -107,23 +107,6 @@ def fit_to_checkpoint(config: TrainConfig, then: dict, world: World) -> TrainCon
     return replace(config, batch_size=batch_size)
 
 
-def num_workers(workers: int | None, world: World) -> int:
-    """Loader processes of this rank: as asked for, else one per core, at most 16.
-
-    Raises:
-        UsageError: if they are more than four per core.
-    """
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if workers is None:
-        return max(1, min(16, num_cpus // max(1, world.size)))
-    if workers > 4 * num_cpus:
-        raise UsageError(
-            f"--workers {workers}: this machine has {num_cpus} CPU cores, so they would only take "
-            f"turns. Use at most {4 * num_cpus}; {num_cpus} is usual."
-        )
-    return workers
-
-
 def choose_amp(amp: str, device: torch.device) -> str:
     """`off`, `bf16` or `fp16`.
 

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from wds_convnext import __version__
 from wds_convnext.config import (
+    BenchConfig,
     EvalConfig,
     IndexConfig,
     InspectConfig,
@@ -171,6 +172,22 @@ def inspect(shards: str, **options) -> None:
         click.echo(json.dumps({"splits": [summary.to_json() for summary in summaries]}))
     else:
         click.echo("\n".join(line for summary in summaries for line in summary.lines()))
+
+
+@commands.command(cls=GroupedCommand)
+@click.argument("shards")
+@add_options(BenchConfig)
+def bench(shards: str, **options) -> None:
+    """Measure the loader alone on these shards and this machine, and say what would help most.
+
+    SHARDS is as for training. For each number of workers: images per second, CPU time, memory and
+    the wait for the first batch; then where the time of one image goes.
+    """
+    from wds_convnext.bench import bench as bench_loader
+
+    as_json = options.pop("json")
+    report = bench_loader(shards, **options)
+    click.echo(json.dumps(report.to_json()) if as_json else "\n".join(report.lines()))
 
 
 @commands.command(cls=GroupedCommand)

@@ -23,7 +23,6 @@ from wds_convnext.build import (
     fit_to_checkpoint,
     introduce,
     lr_warning,
-    num_workers,
 )
 from wds_convnext.checkpoint import load_checkpoint
 from wds_convnext.config import EvalConfig, TrainConfig
@@ -41,6 +40,7 @@ from wds_convnext.step import TrainState
 from wds_convnext.stream import Batch, ShardStream, ValidatedStream, make_loader
 from wds_convnext.train import fit, validation_schedule
 from wds_convnext.transforms import EvalTransform, TrainTransform
+from wds_convnext.workers import num_workers
 
 STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
 
@@ -72,7 +72,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     if resumed:
         config = fit_to_checkpoint(config, resumed["facts"], world)
     check_options(config)
-    workers = num_workers(config.workers, world)
+    workers = num_workers(config.workers, ranks=world.size)
     train_set, val_set, val_spec = _open_splits(config)
     order = TrainOrder(
         train_set.sizes,
@@ -164,7 +164,7 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         compute = Compute(world, device, choose_amp(config.amp, device))
         image_size = facts["preprocessing"]["image_size"]
         stream = _eval_stream(shard_set, config.batch_size, image_size, world)
-        with _loading(stream, num_workers(config.workers, world), compute) as batches:
+        with _loading(stream, num_workers(config.workers, ranks=world.size), compute) as batches:
             result = _evaluate(
                 stream, model, batches, max_bad_samples=config.max_bad_samples, compute=compute
             )

@@ -29,6 +29,7 @@ from wds_convnext.decode import Box, ImageError, check_num_pixels, decode_rgb
 __all__ = ["Box", "EvalTransform", "ImageError", "TrainTransform", "random_crop_box"]
 
 _CROP_ATTEMPTS = 10
+_NUM_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,30 @@ class TrainTransform:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5  # probability
-    NUM_DRAWS: ClassVar[int] = 2 * _CROP_ATTEMPTS + 7
+    NUM_DRAWS: ClassVar[int] = _NUM_CROP_DRAWS + 5
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
-        *crop_draws, flip, brightness, contrast, saturation, order = draws.tolist()
-        choose_box = partial(random_crop_box, crop_draws, scale=self.scale, ratio=self.ratio)
-        image = _resize(decode_rgb(data, choose_box), self.image_size, self.image_size)
-        if flip < self.hflip:
-            image = image.flip(-1)
-        if self.color_jitter > 0:
-            low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
-            factors = [low + draw * (high - low) for draw in (brightness, contrast, saturation)]
-            image = _jitter_color(image, factors, order)
-        return image
+        return self.jitter(self.resize(self.crop(data, draws), draws), draws)
+
+    def crop(self, data: bytes, draws: np.ndarray) -> np.ndarray:
+        """The pixels of the random crop, uint8 (H, W, 3)."""
+        crop_draws = draws[:_NUM_CROP_DRAWS].tolist()
+        return decode_rgb(
+            data, partial(random_crop_box, crop_draws, scale=self.scale, ratio=self.ratio)
+        )
+
+    def resize(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+        """The crop in its final size, flipped or not."""
+        image = _resize(pixels_HWC, self.image_size, self.image_size)
+        return image.flip(-1) if draws[_NUM_CROP_DRAWS] < self.hflip else image
+
+    def jitter(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """The image with its colours changed; itself if there is no colour jitter."""
+        if self.color_jitter <= 0:
+            return image
+        *factor_draws, order = draws[_NUM_CROP_DRAWS + 1 :].tolist()
+        low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
+        return _jitter_color(image, [low + draw * (high - low) for draw in factor_draws], order)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import atexit
 import math
 import mmap
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from wds_convnext.errors import TrainingError
+from wds_convnext.errors import TrainingError, UsageError
 
 PREFETCH = 2  # batches a worker is ahead by; torch's default
 
@@ -31,6 +32,28 @@ START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WORKER_DIED = re.compile(r"DataLoader worker \(pid")
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def num_workers(asked_for: int | None, *, ranks: int = 1) -> int:
+    """Loader processes of each of so many ranks: as asked for, else one per core, at most 16.
+
+    Raises:
+        UsageError: if they are more than four per core.
+    """
+    cores = num_cores()
+    if asked_for is None:
+        return max(1, min(16, cores // ranks))
+    if asked_for > 4 * cores:
+        raise UsageError(
+            f"--workers {asked_for}: this machine has {cores} CPU cores, so they would only take "
+            f"turns. Use at most {4 * cores}; {cores} is usual."
+        )
+    return asked_for
 
 
 class Slots:

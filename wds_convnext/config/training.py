@@ -1,22 +1,20 @@
-"""One frozen dataclass per command; `options` derives click's options from its fields."""
+"""The options of a training run, and of an evaluation."""
 
-import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import click
 
-FRACTION = click.FloatRange(0, 1)
-COUNT = click.IntRange(min=1)
-NON_NEGATIVE = click.FloatRange(min=0)
-POSITIVE = click.FloatRange(min=0, min_open=True)
-
-
-def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=None) -> Any:
-    """A dataclass field that is also a click option."""
-    metadata = {"help": help, "group": group, "type": type, "flag_value": flag_value}
-    return field(default=default, metadata=metadata, kw_only=True)
-
+from wds_convnext.config.fields import (
+    COUNT,
+    FRACTION,
+    IMAGE_SIZE,
+    NON_NEGATIVE,
+    POSITIVE,
+    SEED,
+    WORKERS,
+    FiniteRange,
+    option,
+)
 
 # lr 4e-3 belongs to global batch 4096 (facebookresearch/ConvNeXt, TRAINING.md).
 REFERENCE_LR, REFERENCE_BATCH_SIZE = 4e-3, 4096
@@ -43,7 +41,7 @@ class TrainConfig:
         "Side of the square the model sees, in pixels; evaluation "
         "resizes the short side to 8/7 of it and crops the centre.",
         group="Data",
-        type=click.IntRange(8, 4096),
+        type=IMAGE_SIZE,
     )
     shuffle_buffer: int = option(
         100_000,
@@ -57,7 +55,7 @@ class TrainConfig:
         "Processes that decode images; 0 decodes in the trainer. "
         "Default: one per CPU core, at most 16.",
         group="Data",
-        type=click.IntRange(0, 256),
+        type=WORKERS,
     )
     check_shards: bool = option(
         False,
@@ -75,7 +73,7 @@ class TrainConfig:
         0.08,
         "Smallest share of an image's area that a random crop takes.",
         group="Augmentation",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=FiniteRange(0, 1, min_open=True),
     )
     hflip: float = option(
         0.5, "Probability of a horizontal flip.", group="Augmentation", type=FRACTION
@@ -113,7 +111,7 @@ class TrainConfig:
         0.0,
         "Decay of an average of the weights, which is then validated and evaluated; 0 for none.",
         group="Model",
-        type=click.FloatRange(0, 1, max_open=True),
+        type=FiniteRange(0, 1, max_open=True),
     )
 
     epochs: int = option(300, "Passes over the training samples.", group="Optimisation", type=COUNT)
@@ -197,7 +195,7 @@ class TrainConfig:
         0,
         "Decides order, augmentation, mixing and starting weights.",
         group="Run",
-        type=click.IntRange(0, 2**63 - 1),
+        type=SEED,
     )
     out: str | None = option(None, "Folder of the run. Default: runs/<model>-<time>.", group="Run")
     log_every: int = option(20, "Steps between log lines.", group="Run", type=COUNT)
@@ -241,7 +239,7 @@ class EvalConfig:
         None,
         "Processes that decode images. Default: one per CPU core, at most 16.",
         group="Evaluation",
-        type=click.IntRange(0, 256),
+        type=WORKERS,
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Evaluation")
     amp: str = option(
@@ -254,121 +252,3 @@ class EvalConfig:
         0.0, "Share of samples that may fail to decode.", group="Evaluation", type=FRACTION
     )
     json: bool = option(False, "Print one JSON object.", group="Evaluation")
-
-
-class ByteSize(click.ParamType):
-    """A number of bytes as people write it: 500MB, 1.5GB, 4096; decimal units."""
-
-    name = "size"
-
-    def convert(self, value, param, ctx) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", value.strip(), re.IGNORECASE)
-        try:
-            power = " kmgt".index(match[2].lower() or " ")
-            return int(float(match[1]) * 1000**power)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is no size. Write 500MB or 1.5GB.", param, ctx)
-
-
-@dataclass(frozen=True)
-class ShardsConfig:
-    """How parquet files become tar shards."""
-
-    out: str = option("data", "Folder for the shards.", group="Output")
-    num_shards: int | None = option(
-        None, "Shards per split. Default: one per input file.", group="Output", type=COUNT
-    )
-    samples_per_shard: int | None = option(
-        None, "Most samples per shard.", group="Output", type=COUNT
-    )
-    shard_size: int | None = option(
-        None, "Bytes per shard, about: 500MB, 1GB.", group="Output", type=ByteSize()
-    )
-    overwrite: bool = option(
-        False, "Replace shards that other options or inputs made.", group="Output"
-    )
-    shuffle: bool = option(
-        True,
-        "Spread every class of the training split evenly over its "
-        "shards, in a seeded random order; or keep the stored order.",
-        group="Order",
-    )
-    seed: int = option(0, "Seed of the shuffle.", group="Order", type=click.IntRange(0, 2**63 - 1))
-    image_column: str | None = option(
-        None, "Column of images. Default: found by its type.", group="Input"
-    )
-    label_column: str | None = option(
-        None, "Column of labels. Default: found by its type.", group="Input"
-    )
-    check: str = option(
-        "header",
-        "Look at each image's header, or decode it whole.",
-        group="Input",
-        type=click.Choice(["header", "decode"]),
-    )
-    on_bad: str = option(
-        "error",
-        "Rows without a usable image or label: end with a list of "
-        "them, or leave them out and list them.",
-        group="Input",
-        type=click.Choice(["error", "skip"]),
-    )
-    jobs: int | None = option(
-        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
-    )
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """What `wds-convnext verify` compares."""
-
-    deep: bool = option(False, "Also decode every image.", group="Checks")
-    against: str | None = option(
-        None,
-        "The parquet input, as it was given to the conversion: also check that each of its rows "
-        "is there, once, with the same bytes and label.",
-        group="Checks",
-    )
-    json: bool = option(False, "Print one JSON object.", group="Output")
-    jobs: int | None = option(
-        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
-    )
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """What `wds-convnext inspect` shows beside the data; the label mix is that of `train`."""
-
-    batch_size: int = option(160, "Samples per batch and rank.", group="Label mix", type=COUNT)
-    ranks: int = option(1, "Processes of the training.", group="Label mix", type=COUNT)
-    shuffle_buffer: int = option(
-        100_000, "Samples shuffled together.", group="Label mix", type=COUNT
-    )
-    seed: int = option(
-        0, "Seed of the order.", group="Label mix", type=click.IntRange(0, 2**63 - 1)
-    )
-    sheet: str | None = option(
-        None, "Draw a contact sheet, a row of images per class, to this PNG file.", group="Output"
-    )
-    json: bool = option(False, "Print one JSON object.", group="Output")
-    jobs: int | None = option(
-        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
-    )
-
-
-@dataclass(frozen=True)
-class IndexConfig:
-    """How `wds-convnext index` reads labels."""
-
-    label_field: str = option(
-        "label", "Field of .json members that holds the class number.", group="Labels"
-    )
-    class_names: str | None = option(
-        None, "A file of class names, one per line. Default: the numbers.", group="Labels"
-    )
-    json: bool = option(False, "Print one JSON object.", group="Output")
-    jobs: int | None = option(
-        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
-    )

@@ -1,0 +1,30 @@
+"""One frozen dataclass per command; `options` derives click's options from its fields."""
+
+from wds_convnext.config.data import (
+    BenchConfig,
+    IndexConfig,
+    InspectConfig,
+    ShardsConfig,
+    VerifyConfig,
+)
+from wds_convnext.config.fields import ByteSize, option
+from wds_convnext.config.training import (
+    REFERENCE_BATCH_SIZE,
+    REFERENCE_LR,
+    EvalConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "REFERENCE_BATCH_SIZE",
+    "REFERENCE_LR",
+    "BenchConfig",
+    "ByteSize",
+    "EvalConfig",
+    "IndexConfig",
+    "InspectConfig",
+    "ShardsConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "option",
+]

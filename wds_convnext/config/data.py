@@ -1,0 +1,156 @@
+"""The options of the commands about shards: make, verify, describe, index and time them."""
+
+from dataclasses import dataclass
+
+import click
+
+from wds_convnext.config.fields import (
+    COUNT,
+    FRACTION,
+    IMAGE_SIZE,
+    POSITIVE,
+    SEED,
+    WORKERS,
+    ByteSize,
+    FiniteRange,
+    option,
+)
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """How parquet files become tar shards."""
+
+    out: str = option("data", "Folder for the shards.", group="Output")
+    num_shards: int | None = option(
+        None, "Shards per split. Default: one per input file.", group="Output", type=COUNT
+    )
+    samples_per_shard: int | None = option(
+        None, "Most samples per shard.", group="Output", type=COUNT
+    )
+    shard_size: int | None = option(
+        None, "Bytes per shard, about: 500MB, 1GB.", group="Output", type=ByteSize()
+    )
+    overwrite: bool = option(
+        False, "Replace shards that other options or inputs made.", group="Output"
+    )
+    shuffle: bool = option(
+        True,
+        "Spread every class of the training split evenly over its "
+        "shards, in a seeded random order; or keep the stored order.",
+        group="Order",
+    )
+    seed: int = option(0, "Seed of the shuffle.", group="Order", type=SEED)
+    image_column: str | None = option(
+        None, "Column of images. Default: found by its type.", group="Input"
+    )
+    label_column: str | None = option(
+        None, "Column of labels. Default: found by its type.", group="Input"
+    )
+    check: str = option(
+        "header",
+        "Look at each image's header, or decode it whole.",
+        group="Input",
+        type=click.Choice(["header", "decode"]),
+    )
+    on_bad: str = option(
+        "error",
+        "Rows without a usable image or label: end with a list of "
+        "them, or leave them out and list them.",
+        group="Input",
+        type=click.Choice(["error", "skip"]),
+    )
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `wds-convnext verify` compares."""
+
+    deep: bool = option(False, "Also decode every image.", group="Checks")
+    against: str | None = option(
+        None,
+        "The parquet input, as it was given to the conversion: also check that each of its rows "
+        "is there, once, with the same bytes and label.",
+        group="Checks",
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `wds-convnext inspect` shows beside the data; the label mix is that of `train`."""
+
+    batch_size: int = option(160, "Samples per batch and rank.", group="Label mix", type=COUNT)
+    ranks: int = option(1, "Processes of the training.", group="Label mix", type=COUNT)
+    shuffle_buffer: int = option(
+        100_000, "Samples shuffled together.", group="Label mix", type=COUNT
+    )
+    seed: int = option(0, "Seed of the order.", group="Label mix", type=SEED)
+    sheet: str | None = option(
+        None, "Draw a contact sheet, a row of images per class, to this PNG file.", group="Output"
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How `wds-convnext index` reads labels."""
+
+    label_field: str = option(
+        "label", "Field of .json members that holds the class number.", group="Labels"
+    )
+    class_names: str | None = option(
+        None, "A file of class names, one per line. Default: the numbers.", group="Labels"
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
+    jobs: int | None = option(
+        None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
+    )
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `wds-convnext bench` loads, and for how long; the loader is that of `train`."""
+
+    image_size: int = option(
+        224, "Side of the square the model sees, in pixels.", group="Loader", type=IMAGE_SIZE
+    )
+    batch_size: int = option(160, "Samples per batch.", group="Loader", type=COUNT)
+    color_jitter: float = option(
+        0.4,
+        "Range of brightness, contrast and saturation factors, 1 +- this; 0 for none.",
+        group="Loader",
+        type=FRACTION,
+    )
+    shuffle_buffer: int = option(100_000, "Samples shuffled together.", group="Loader", type=COUNT)
+    workers: int | None = option(
+        None,
+        "Measure this number of processes alone; 0 decodes in the trainer. Default: 1, 2, 4 … up "
+        "to the default of train, one per CPU core, at most 16.",
+        group="Loader",
+        type=WORKERS,
+    )
+    seed: int = option(0, "Decides order and augmentation.", group="Loader", type=SEED)
+    seconds: float = option(
+        5.0,
+        "How long each number of workers is measured, about; at least a few batches.",
+        group="Measurement",
+        type=FiniteRange(0, 3600, min_open=True),
+    )
+    target_images_per_s: float | None = option(
+        None,
+        "Images that the training step takes, on your GPU: say whether the loader keeps up, and "
+        "with how many workers.",
+        group="Measurement",
+        type=POSITIVE,
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
