@@ -1,385 +1,293 @@
 """Loaders side by side on the same images: images/s, CPU per image, memory, time to first batch.
 
     python tools/bench_loader.py PARQUET --rounds 7 --workers 2 --json loaders.json
+    python tools/bench_loader.py PARQUET --photo-size 32x32 --image-size 32 --measure 60000
+    python tools/bench_loader.py PARQUET --photo-size 4000x3000 --images 400 --batch-size 16
+    python tools/bench_loader.py PARQUET --loaders all
 
-PARQUET is a folder in mini-imagenet's layout, repeated until there are --images of it. Every loader
-does RandomResizedCrop(224) and a flip and gives batches; uint8 except where the peer's documented
-way is float. Each measurement is a process of its own; rounds go through all loaders in turn, so
-that a drift of the machine's speed hits all of them; ratios are taken round by round.
+PARQUET is a folder in mini-imagenet's layout; its training images are repeated until there are
+--images, or so many are taken evenly. --photo-size brings each to one size before any format is
+made: by a resize, or where it is larger than a photograph as a mosaic of whole ones. Every format
+is written once, under --work, in a folder for this source, number and size.
 
-Peers that are not installed are left out: `pip install .[bench]`. FFCV is not in that extra, as it
-compiles against system libraries: `apt install libopencv-dev libturbojpeg0-dev pkg-config`, then
-`pip install ffcv`. Memory is the peak proportional set size of the whole process tree.
+Every loader does RandomResizedCrop and a flip and gives batches; uint8 except where the peer's
+documented way is float. Each measurement is a process of its own, begins after a warm-up and meets
+no end of an epoch; it must take seconds (--measure), as batches are made ahead. Rounds go through
+all loaders in turn, so that a drift of the machine's speed hits all of them. "ours is" is our
+images/s over the row's, taken round by round: the median, then the lowest and highest. Memory is
+the peak proportional set size of the process tree.
+
+A loader that fails, or whose library is missing, is left out with the reason. DALI comes with
+`pip install .[bench]`. FFCV is not in that extra, as it compiles against system libraries:
+`apt install libopencv-dev libturbojpeg0-dev pkg-config`, then `pip install ffcv`.
+
+What is not equal. FFCV writes JPEGs again at quality 90 (62 kB instead of 110), so there is "ours
+on ffcv jpegs", the same bytes in our shards; it decodes with libjpeg's fast DCT (up to 12 of 255
+off) where all others use the exact one, and shrinks by box filter (antialiased). Batches of FFCV
+and DALI lie in memory that they use again, ours are copied out of it. webdataset shuffles within
+1,000 samples per worker and draws shards with replacement, DALI shuffles within 1,024; the others
+shuffle everything. Article, image folder and webdataset's recipe make float batches, four times the
+bytes. FFCV and DALI use --workers threads, the others as many processes. All files are in the
+system's cache: disks are not measured, nor is the copy to a GPU.
 """
 
-import io
+import contextlib
+import hashlib
+import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
+from bench_formats import prepare, write_photos
+from bench_peers import LOADERS, Setting
 
-from wds_convnext.measure import measure_loader, process_tree
+from wds_convnext.errors import DataError, WdsConvnextError, did_you_mean
+from wds_convnext.measure import measure_loader
 
-BATCH_SIZE = 64
-IMAGE_SIZE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def ours(work: Path, workers: int) -> Iterator:
-    """make_loader as training uses it: order, offsets, decode, crop, flip, uint8 batch."""
-    from wds_convnext.order import TrainOrder
-    from wds_convnext.reader import open_shards
-    from wds_convnext.stream import ShardStream, make_loader
-    from wds_convnext.transforms import TrainTransform
-
-    shard_set = open_shards(str(work / "shards" / "train.json"))
-    order = TrainOrder(shard_set.sizes, 0, BATCH_SIZE, 100_000)
-    stream = ShardStream(
-        shard_set, order, batch_size=BATCH_SIZE, transform=TrainTransform(IMAGE_SIZE)
-    )
-    return make_loader(stream, workers=workers)
+LIBRARIES = (
+    *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "pyarrow", "webdataset"),
+    *("ffcv", "numba", "opencv-python", "nvidia-dali-cuda130", "wds-convnext"),
+)
+Results = dict[str, list[dict]]  # by loader, one LoaderCost for each round
 
 
-def article(work: Path, workers: int) -> Iterator:
-    """The article's: all bytes in a list, Pillow, ToTensor, DataLoader; float batches."""
-    import pyarrow.parquet as pq
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms
-
-    class ParquetImages(Dataset):
-        def __init__(self, files, transform):
-            self.samples = []
-            for file in files:
-                columns = pq.read_table(file).flatten().to_pydict()
-                self.samples.extend(zip(columns["image.bytes"], columns["label"]))
-            self.transform = transform
-
-        def __len__(self):
-            return len(self.samples)
-
-        def __getitem__(self, index):
-            data, label = self.samples[index]
-            return self.transform(Image.open(io.BytesIO(data)).convert("RGB")), label
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(IMAGE_SIZE),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-        ]
-    )
-    dataset = ParquetImages(sorted((work / "parquet").glob("*.parquet")), transform)
-    loader = DataLoader(
-        dataset,
-        BATCH_SIZE,
-        shuffle=True,
-        num_workers=workers,
-        prefetch_factor=6 if workers else None,
-        persistent_workers=workers > 0,
-    )
-    return _endless(loader)
-
-
-def webdataset_torchvision(work: Path, workers: int) -> Iterator:
-    """webdataset with torchvision's decode_jpeg and v2 transforms; uint8 batches."""
-    import torch
-    import webdataset
-    from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms import v2
-
-    transform = v2.Compose(
-        [v2.RandomResizedCrop(IMAGE_SIZE, antialias=True), v2.RandomHorizontalFlip()]
-    )
-
-    def decode(sample):
-        data = torch.frombuffer(bytearray(sample["jpg"]), dtype=torch.uint8)
-        return transform(decode_image(data, ImageReadMode.RGB)), int(sample["cls"])
-
-    return _webdataset(work, workers, lambda dataset: dataset.map(decode), webdataset)
-
-
-def webdataset_recipe(work: Path, workers: int) -> Iterator:
-    """webdataset's documented recipe: decode("pil"), torchvision transforms; float batches."""
-    import webdataset
-    from torchvision import transforms
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(IMAGE_SIZE),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-
-    def stages(dataset):
-        return dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(transform, int)
-
-    return _webdataset(work, workers, stages, webdataset)
-
-
-def _webdataset(work: Path, workers: int, stages: Callable, webdataset) -> Iterator:
-    shards = sorted(str(path) for path in (work / "shards").glob("train-*.tar"))
-    dataset = webdataset.WebDataset(shards, shardshuffle=100, empty_check=False)
-    dataset = stages(dataset.shuffle(1000)).batched(BATCH_SIZE, partial=False)
-    return _endless(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
-
-
-def image_folder(work: Path, workers: int) -> Iterator:
-    """torchvision's ImageFolder and DataLoader; float batches."""
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
-
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(IMAGE_SIZE),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-        ]
-    )
-    dataset = datasets.ImageFolder(str(work / "files"), transform)
-    return _endless(DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=workers))
-
-
-def dali(work: Path, workers: int) -> Iterator:
-    """NVIDIA DALI, CPU pipeline with its file reader; uint8 batches."""
-    import torch
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=BATCH_SIZE, num_threads=max(1, workers), device_id=None)
-    def pipeline():
-        data, label = fn.readers.file(file_root=str(work / "files"), random_shuffle=True)
-        images = fn.decoders.image_random_crop(data, device="cpu", output_type=types.RGB)
-        images = fn.resize(
-            images,
-            size=[IMAGE_SIZE, IMAGE_SIZE],
-            interp_type=types.INTERP_TRIANGULAR,  # antialiased when it shrinks
-        )
-        return fn.flip(images, horizontal=fn.random.coin_flip()), label
-
-    built = pipeline()
-    built.build()
-    while True:
-        images, label = built.run()
-        yield torch.from_numpy(images.as_array()), torch.from_numpy(label.as_array())
-
-
-def ffcv(work: Path, workers: int) -> Iterator:
-    """FFCV with its own file format (JPEGs as they are); uint8 batches."""
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor
-
-    crop = RandomResizedCropRGBImageDecoder((IMAGE_SIZE, IMAGE_SIZE))
-    loader = Loader(
-        str(work / "train.beton"),
-        batch_size=BATCH_SIZE,
-        num_workers=max(1, workers),
-        order=OrderOption.QUASI_RANDOM,
-        pipelines={
-            "image": [crop, RandomHorizontalFlip(), ToTensor()],
-            "label": [IntDecoder(), ToTensor()],
-        },
-    )
-    return _endless(loader)
-
-
-def bare_loop(work: Path, workers: int) -> Iterator:
-    """Our decode, crop and flip in bare loops over bytes in memory: the ceiling of any loader."""
-    queue = multiprocessing.get_context("fork").Queue(maxsize=1000)
-    for number in range(max(1, workers)):
-        multiprocessing.get_context("fork").Process(
-            target=_decode_for_ever, args=(work, number, queue), daemon=True
-        ).start()
-    while True:
-        yield queue.get()
-
-
-def _decode_for_ever(work: Path, number: int, queue) -> None:
-    import numpy as np
-    import torch
-
-    from wds_convnext.reader import SampleReader, open_shards
-    from wds_convnext.transforms import TrainTransform
-
-    torch.set_num_threads(1)
-    shards = open_shards(str(work / "shards" / "train.json")).shards
-    reader = SampleReader(shards)
-    images = [
-        reader.read(number % len(shards), i)[0] for i in range(min(500, shards[0].num_samples))
-    ]
-    transform, rng = TrainTransform(IMAGE_SIZE), np.random.default_rng(number)
-    while True:
-        for start in range(0, len(images) - BATCH_SIZE + 1, BATCH_SIZE):
-            for data in images[start : start + BATCH_SIZE]:
-                transform(data, rng.random(TrainTransform.NUM_DRAWS))
-            queue.put(number)
-
-
-LOADERS = {
-    "ours": ours,
-    "bare loop": bare_loop,
-    "ffcv": ffcv,
-    "webdataset + torchvision": webdataset_torchvision,
-    "dali cpu": dali,
-    "article": article,
-    "image folder": image_folder,
-    "webdataset recipe": webdataset_recipe,
-}
-NEEDS = {"ffcv": "ffcv", "dali cpu": "nvidia.dali"}
-
-
-def _endless(loader) -> Iterator:
-    while True:
-        yield from loader
-
-
-def prepare(parquet: Path, work: Path, num_images: int, loaders: list[str]) -> None:
-    """Bring the same images into every loader's format, once."""
-    import pyarrow.parquet as pq
-
-    from wds_convnext.reshard import reshard
-
-    (work / "parquet").mkdir(parents=True, exist_ok=True)
-    files = sorted(parquet.glob("train-*.parquet"))
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
-    copies = max(1, round(num_images / rows))
-    names = [
-        f"train-{i:05d}-of-{copies * len(files):05d}.parquet" for i in range(copies * len(files))
-    ]
-    for i, name in enumerate(names):
-        shutil.copyfile(files[i % len(files)], work / "parquet" / name)
-    reshard(str(work / "parquet"), str(work / "shards"), jobs=os.cpu_count() or 1, quiet=True)
-    if {"image folder", "dali cpu", "ffcv"} & set(loaders):
-        _write_files(work)
-    if "ffcv" in loaders:
-        _write_beton(work)
-
-
-def _write_files(work: Path) -> None:
-    from wds_convnext.reader import SampleReader, open_shards
-
-    shard_set = open_shards(str(work / "shards" / "train.json"))
-    reader = SampleReader(shard_set.shards)
-    for shard in range(len(shard_set.shards)):
-        for sample in range(shard_set.shards[shard].num_samples):
-            data, label = reader.read(shard, sample)
-            folder = work / "files" / f"{label:03d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{shard:03d}_{sample:06d}.jpg").write_bytes(data)
-
-
-def _write_beton(work: Path) -> None:
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-    from torchvision.datasets import ImageFolder
-
-    writer = DatasetWriter(
-        str(work / "train.beton"), {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
-    )
-    writer.from_indexed_dataset(ImageFolder(str(work / "files")))
-
-
-def measure(name: str, work: Path, workers: int, num_images: int) -> dict:
+def measure(name: str, setting: Setting, *, num_images: int) -> dict:
     """One loader in this process: after a warm-up, its rate, CPU time and memory."""
     cost = measure_loader(
-        LOADERS[name](work, workers),
-        batch_size=BATCH_SIZE,
+        LOADERS[name].batches(setting),
+        batch_size=setting.batch_size,
         num_images=num_images,
-        warmup_batches=8 + 4 * workers,
+        warmup_batches=8 + 4 * setting.workers,
     )
     return asdict(cost)
 
 
-def _end_at_once() -> None:
-    """End this process and its endless workers, without waiting for them."""
-    for pid in process_tree(os.getpid())[1:]:
-        os.kill(pid, signal.SIGKILL)
+def measure_apart(name: str, *, timeout_s: float) -> dict:
+    """The same in a process of its own, started with this one's arguments.
+
+    Raises:
+        DataError: why there is no result, in one line.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+        try:
+            exit_code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise DataError(f"no result after {timeout_s:.0f} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers are endless
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        if exit_code == 0:
+            return json.loads(out.read().splitlines()[-1])
+        complaints = err.read().split("\n")
+        reason = next((line for line in reversed(complaints) if line.strip()), "")
+        raise DataError(reason if exit_code > 0 else f"ended by signal {-exit_code}: {reason}")
+
+
+def measure_and_exit(name: str, setting: Setting, *, num_images: int) -> None:
+    """Print the result, or why there is none; do not wait for workers, which are endless."""
+    try:
+        print(json.dumps(measure(name, setting, num_images=num_images)), flush=True)
+    except Exception as error:  # peers raise nearly every type
+        print(one_line(error), file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)
 
 
-def installed(name: str) -> bool:
-    """Whether what a loader needs can be imported."""
-    if name not in NEEDS:
-        return True
-    code = [sys.executable, "-c", f"import {NEEDS[name]}"]
-    return subprocess.run(code, capture_output=True).returncode == 0
+def one_line(error: Exception) -> str:
+    """An error's type and message; of a traceback within the message, its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, WdsConvnextError):
+        return " ".join(lines)
+    return ": ".join([type(error).__name__, *lines[:1], *lines[1:][-1:]])
 
 
-def report(results: dict[str, list[dict]], json_path: str | None, facts: dict) -> None:
-    """A row per loader: median (lowest to highest) images/s, ours as a multiple, the rest."""
-    print(f"{'loader':26}{'images/s':>22}{'ours is':>9}{'CPU ms':>8}{'PSS MiB':>9}{'first s':>9}")
-    for name, rounds in results.items():
-        rates = [r["images_per_s"] for r in rounds]
-        ratios = [
-            mine["images_per_s"] / other["images_per_s"]
-            for mine, other in zip(results["ours"], rounds)
-        ]
-        spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})"
-        columns = [
-            statistics.median(r[key] for r in rounds)
-            for key in ("cpu_ms_per_image", "peak_pss_mib", "first_batch_s")
-        ]
-        print(
-            f"{name:26}{spread:>22}{statistics.median(ratios):>8.2f}x"
-            f"{columns[0]:>8.2f}{columns[1]:>9,.0f}{columns[2]:>9.2f}"
+def formats_folder(work: Path, source: Path, *, num_images: int, photo_size) -> Path:
+    """Where the formats of this data set are: another folder for other images, number or size."""
+    files = [(str(file), file.stat()) for file in sorted(source.resolve().glob("*.parquet"))]
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    size = "x".join(map(str, photo_size)) if photo_size else "as-they-are"
+    return work / f"{source.resolve().name}-{digest}-{num_images}-{size}"
+
+
+def prepare_all(names: list[str], formats: Path, write) -> dict[str, str]:
+    """Write what these loaders read; why the loaders whose format fails are left out."""
+    prepare("photos", formats, write)
+    failures = {}
+    for name in names:
+        try:
+            prepare(LOADERS[name].format, formats)
+        except Exception as error:
+            failures[name] = one_line(error)
+            echo(f"{name} is left out: {failures[name]}")
+    return failures
+
+
+def run_rounds(names: list[str], failures: dict[str, str], *, rounds: int, timeout_s) -> Results:
+    """Measure all loaders in turn, again and again; those that fail move to `failures`."""
+    results: Results = {name: [] for name in names if name not in failures}
+    started, num_done = time.monotonic(), 0
+    for number in range(1, rounds + 1):
+        for name in list(results):
+            try:
+                cost = measure_apart(name, timeout_s=timeout_s)
+            except DataError as error:
+                failures[name] = str(error)
+                del results[name]
+                echo(f"{name} is left out: {error}")
+                continue
+            results[name].append(cost)
+            num_done += 1
+            num_left = sum(rounds - len(costs) for costs in results.values())
+            left_s = (time.monotonic() - started) / num_done * num_left
+            rate = f"{cost['images_per_s']:,.0f} images/s"
+            echo(f"round {number} of {rounds}, {name}: {rate}; {left_s:,.0f} s left")
+    return results
+
+
+def echo(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def summarise(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def summarise_loader(name: str, results: Results) -> dict:
+    """Medians over the rounds, and our images/s over this loader's; None: not measurable here."""
+    rounds = results[name]
+    summary = {"images_per_s": summarise([cost["images_per_s"] for cost in rounds])}
+    for field in ("cpu_ms_per_image", "peak_pss_mib", "first_batch_s"):
+        values = [cost[field] for cost in rounds if cost[field] is not None]
+        summary[field] = statistics.median(values) if values else None
+    summary["ours_is"] = {
+        mine: summarise(
+            [a["images_per_s"] / b["images_per_s"] for a, b in zip(results[mine], rounds)]
         )
-    if json_path:
-        Path(json_path).write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        for mine in LOADERS[name].against
+        if mine in results
+    }
+    return summary | {"rounds": rounds}
+
+
+def report(summaries: dict[str, dict]) -> None:
+    """A row per loader; one more where it is compared with a second of ours."""
+    titles = f"{'CPU ms':>9}{'PSS MiB':>9}{'first s':>9}"
+    click.echo(f"{'loader':26}{'images/s':>22}{'ours is':>20}{titles}")
+    for name, summary in summaries.items():
+        ratios = [(mine, spread(r, 2, "x")) for mine, r in summary["ours_is"].items()]
+        rate = spread(summary["images_per_s"], 0)
+        costs = [
+            f"{'n/a' if summary[field] is None else format(summary[field], f',.{digits}f'):>9}"
+            for field, digits in (
+                ("cpu_ms_per_image", 2),
+                ("peak_pss_mib", 0),
+                ("first_batch_s", 2),
+            )
+        ]
+        first = ratios[0][1] if ratios else ""
+        click.echo(f"{name:26}{rate:>22}{first:>20}{''.join(costs)}")
+        for mine, ratio in ratios[1:]:
+            click.echo(f"{'  against ' + mine:48}{ratio:>20}")
+
+
+def spread(values: dict[str, float], digits: int, unit: str = "") -> str:
+    median, lowest, highest = (f"{value:,.{digits}f}" for value in values.values())
+    return f"{median}{unit} ({lowest}-{highest})"
+
+
+def find_versions() -> dict[str, str | None]:
+    """The libraries' versions; None for those that are not installed."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return versions
+
+
+def parse_loaders(_, __, value: str) -> list[str]:
+    names = list(LOADERS) if value == "all" else [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in LOADERS:
+            raise click.BadParameter(f"no loader {name!r}.{did_you_mean(name, LOADERS)}")
+    return list(dict.fromkeys(names))
+
+
+def parse_size(_, __, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    width, _, height = value.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, as 4000x3000.")
+    return int(width), int(height)
+
+
+COUNT = click.IntRange(min=1)
+DEFAULT_LOADERS = ",".join(name for name, loader in LOADERS.items() if loader.by_default)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("parquet", type=click.Path(exists=True, path_type=Path))
+@click.argument("parquet", type=FOLDER)
 @click.option("--work", default="bench-loader", type=click.Path(path_type=Path), show_default=True)
-@click.option("--images", default=3000, show_default=True, help="Images in the data set.")
-@click.option("--measure", "measured", default=3000, show_default=True, help="Images per round.")
-@click.option("--rounds", default=7, show_default=True)
-@click.option("--workers", default=2, show_default=True)
-@click.option("--loaders", default=",".join(LOADERS), show_default=True)
-@click.option("--json", "json_path")
-@click.option("--one", hidden=True)
-def main(parquet, work, images, measured, rounds, workers, loaders, json_path, one) -> None:
-    """Measure loaders on the images of PARQUET."""
-    if one:
-        print(json.dumps(measure(one, work, workers, measured)), flush=True)
-        _end_at_once()
-    names = [name for name in loaders.split(",") if installed(name)]
-    if not (work / "shards" / "train.json").exists():
-        prepare(parquet, work, images, names)
-    results: dict[str, list[dict]] = {name: [] for name in names}
-    for number in range(rounds):
-        for name in names:
-            command = [sys.executable, __file__, str(parquet), "--work", str(work)]
-            command += ["--workers", str(workers), "--measure", str(measured), "--one", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{name}: failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                results.pop(name)
-                names.remove(name)
-                break
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    facts = {
-        "images": images,
-        "workers": workers,
-        "batch_size": BATCH_SIZE,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-    }
-    report(results, json_path, facts)
+@click.option("--images", default=3000, type=COUNT, show_default=True, help="In the data set.")
+@click.option("--photo-size", callback=parse_size, metavar="WxH", help="Default: as they are.")
+@click.option("--image-size", default=224, type=COUNT, show_default=True, help="Of the batches.")
+@click.option("--batch-size", default=64, type=COUNT, show_default=True)
+@click.option(
+    "--measure", "measured", default=3000, type=COUNT, show_default=True, help="Per round."
+)
+@click.option("--rounds", default=7, type=COUNT, show_default=True)
+@click.option("--workers", default=2, type=click.IntRange(min=0), show_default=True)
+@click.option("--loaders", default=DEFAULT_LOADERS, callback=parse_loaders, show_default=True)
+@click.option("--timeout", "timeout_s", default=600, type=COUNT, show_default=True, help="Seconds.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.option("--one", hidden=True, help="Measure this loader, in this process.")
+def main(parquet, work, images, photo_size, image_size, batch_size, **options) -> None:
+    """Measure loaders on the images of PARQUET. --loaders all adds colour jitter."""
+    formats = formats_folder(work, parquet, num_images=images, photo_size=photo_size)
+    setting = Setting(formats, images, options["workers"], batch_size, image_size)
+    if options["one"]:
+        measure_and_exit(options["one"], setting, num_images=options["measured"])
+    write = partial(write_photos, parquet, images, photo_size)
+    try:
+        failures = prepare_all(options["loaders"], formats, write)
+        timeout_s = options["timeout_s"]
+        results = run_rounds(
+            options["loaders"], failures, rounds=options["rounds"], timeout_s=timeout_s
+        )
+    except (WdsConvnextError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if not results:
+        raise click.ClickException("every loader was left out.")
+    summaries = {name: summarise_loader(name, results) for name in results}
+    report(summaries)
+    if options["json_path"]:
+        facts = {
+            "options": asdict(setting) | {"photo_size": photo_size, "source": parquet} | options,
+            "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+            "versions": find_versions(),
+            "left_out": failures,
+            "loaders": summaries,
+        }
+        options["json_path"].write_text(json.dumps(facts, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
