@@ -28,9 +28,6 @@ from wds_convnext.stream import Batch, ShardStream, ValidatedStream, make_loader
 from wds_convnext.transforms import EvalTransform, TrainTransform
 from wds_convnext.workers import Slots
 
-# More workers than cores, on purpose.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
 SIZES = [7, 1, 12, 3]  # uneven, one of a single sample; 23 samples in all
 TRAIN = TrainTransform(16, color_jitter=0.4)
 EVAL = EvalTransform(16)

@@ -5,6 +5,7 @@ end of an epoch, where some wait and some do not: real epochs are long, and here
 seconds. Everything is imported where it is used, so that a loader pays for its own imports alone.
 """
 
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -33,16 +34,43 @@ class Setting:
 
 def ours(setting: Setting, *, shards: str = "shards", color_jitter: float = 0.0) -> Iterator:
     """make_loader as training uses it: order, offsets, decode, crop, flip, uint8 batch."""
+    from wds_convnext.stream import make_loader
+
+    return make_loader(_our_stream(setting, shards, color_jitter), workers=setting.workers)
+
+
+def _our_stream(setting: Setting, shards: str = "shards", color_jitter: float = 0.0):
     from wds_convnext.order import TrainOrder
     from wds_convnext.reader import open_shards
-    from wds_convnext.stream import ShardStream, make_loader
+    from wds_convnext.stream import ShardStream
     from wds_convnext.transforms import TrainTransform
 
     shard_set = open_shards(str(setting.formats / shards / "train.json"))
     order = TrainOrder(shard_set.sizes, 0, setting.batch_size, 100_000)
     transform = TrainTransform(setting.image_size, color_jitter=color_jitter)
-    stream = ShardStream(shard_set, order, batch_size=setting.batch_size, transform=transform)
-    return make_loader(stream, workers=setting.workers)
+    return ShardStream(shard_set, order, batch_size=setting.batch_size, transform=transform)
+
+
+def our_threads(setting: Setting) -> Iterator:
+    """Our batches made by threads of this process: the worker model that was not chosen."""
+    import queue
+    import threading
+
+    import torch
+
+    stream = _our_stream(setting)
+    torch.set_num_threads(1)
+
+    def work(number: int, made: queue.Queue) -> None:
+        with contextlib.closing(stream.open_reader()) as reader:
+            for turn in itertools.count(number, len(lines)):
+                made.put(stream.load(turn, reader, stream.new_images()))
+
+    lines = [queue.Queue(maxsize=2) for _ in range(max(1, setting.workers))]
+    for number, line in enumerate(lines):
+        threading.Thread(target=work, args=(number, line), daemon=True).start()
+    for line in itertools.cycle(lines):
+        yield line.get()
 
 
 def bare_loop(setting: Setting) -> Iterator:
@@ -237,6 +265,7 @@ class Loader:
 LOADERS = {
     "ours": Loader(ours, "shards", against=()),
     "bare loop": Loader(bare_loop, "shards"),
+    "ours in threads": Loader(our_threads, "shards", by_default=False),
     "ours on ffcv jpegs": Loader(partial(ours, shards="ffcv-shards"), "ffcv-shards", against=()),
     "ffcv": Loader(ffcv, "beton", against=("ours", "ours on ffcv jpegs")),
     "webdataset + torchvision": Loader(webdataset_torchvision, "shards"),

@@ -27,10 +27,10 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
         with torch.cuda.stream(copying):
             coming = _to(batch, device)
         if ready is not None:
-            yield _take(ready, copying, device)
-        ready = coming
+            yield ready
+        ready = _take(coming, copying, device)  # what is queued by now does not wait for it
     if ready is not None:
-        yield _take(ready, copying, device)
+        yield ready
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

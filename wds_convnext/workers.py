@@ -8,6 +8,7 @@ descriptors.
 """
 
 import atexit
+import gc
 import math
 import mmap
 import multiprocessing
@@ -82,20 +83,8 @@ def items_of_workers(dataset: IterableDataset, num_workers: int) -> Iterator[Any
     Raises:
         TrainingError: if a worker process died.
     """
-    with warnings.catch_warnings():
-        # More workers than cores are refused, or meant, before this.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            prefetch_factor=PREFETCH,
-            worker_init_fn=_ignore_stop_signals,
-            multiprocessing_context=START_METHOD,
-        )
     try:
-        yield from _iterate(loader)
+        yield from _start(dataset, num_workers)
     except (RuntimeError, EOFError, ConnectionError) as error:
         # EOFError and ConnectionError: it died while it handed a batch over.
         if type(error) is RuntimeError and not _WORKER_DIED.match(str(error)):
@@ -110,14 +99,27 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _iterate(loader: DataLoader) -> Iterator:
-    """`iter(loader)`, with a worker's death met where an item is awaited, and nowhere else.
+def _start(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
+    """The processes' items, with a death among them met where one is awaited, and nowhere else.
 
     PyTorch's handler of SIGCHLD raises at whatever line this process is, so also inside an
     optimizer update. Without it, waiting looks every 5 s whether the workers live.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
+    with warnings.catch_warnings():
+        # More workers than cores are refused, or meant, before this.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        items = iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=num_workers,
+                prefetch_factor=PREFETCH,
+                worker_init_fn=_settle_in,
+                multiprocessing_context=START_METHOD,
+            )
+        )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     # At exit multiprocessing waits for its children after a SIGTERM, which these ignore: without
@@ -133,7 +135,9 @@ def _kill_workers() -> None:
             process.kill()
 
 
-def _ignore_stop_signals(worker_id: int) -> None:
-    """The trainer decides when to stop; a signal to its whole process group must not kill these."""
+def _settle_in(worker_id: int) -> None:
+    # The trainer decides when to stop; a signal to its whole process group must not kill these.
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    # A collection would write to, and so copy, every object that the fork shares: 40 MB a worker.
+    gc.freeze()
