@@ -180,6 +180,23 @@ def test_convnext_atto_gives_timms_bits():
     assert_same_bits(ours, timms)
 
 
+@pytest.mark.parametrize("num_kept", [0, 1, 10, 1000])
+def test_caution_gives_timms_bits_however_few_elements_it_keeps(num_kept):
+    """Against the momentum of the first step points all of the second gradient but so many of
+    2,145 elements: what is kept is scaled up by at most 1,000, which one alone would exceed."""
+    params = random_params([(33, 65)])
+    ours, timms = AdamP(params, caution=True), TimmAdamP(clones(params), caution=True)
+    train([ours, timms], ["random"])
+    turned = -1e-3 * params[0].grad
+    turned.view(-1)[:num_kept] *= -1
+
+    for optimizer in (ours, timms):
+        optimizer.param_groups[0]["params"][0].grad = turned.clone()
+        optimizer.step()
+
+    assert_same_bits(ours, timms)
+
+
 @pytest.mark.parametrize(
     ("kind", "view"),
     [
@@ -378,13 +395,14 @@ def test_trains_in_ddp():
 # --- AdamP: state
 
 
+@pytest.mark.parametrize("option", ["nesterov", "caution"])
 @pytest.mark.parametrize("source", [AdamP, TimmAdamP])
 @pytest.mark.parametrize("target", [AdamP, TimmAdamP])
-def test_state_dict_continues_in_either_optimizer(source, target):
+def test_state_dict_continues_in_either_optimizer(source, target, option):
     """A run that changes hands in the middle ends in the bits of timm's whole run."""
     params = random_params(SHAPES)
-    whole = TimmAdamP(clones(params), lr=4e-3, weight_decay=0.05, nesterov=True)
-    first = source(params, lr=4e-3, weight_decay=0.05, nesterov=True)
+    whole = TimmAdamP(clones(params), lr=4e-3, weight_decay=0.05, **{option: True})
+    first = source(params, lr=4e-3, weight_decay=0.05, **{option: True})
 
     train([first, whole], list(GRADIENTS), seed=1, missing=0.3)
     second = target(clones(params))
@@ -440,6 +458,19 @@ def test_loads_step_counts_of_any_kind(step):
     train([optimizer], ["random"])
 
     assert optimizer.state_dict()["state"][0]["step"] == 6
+
+
+def test_loads_state_dicts_of_before_caution():
+    """timm's, until it had that argument, lack it; it is then off, as it was."""
+    (p,) = random_params([(3, 5)])
+    optimizer = AdamP([p])
+    state_dict = optimizer.state_dict()
+    del state_dict["param_groups"][0]["caution"]
+
+    optimizer.load_state_dict(state_dict)
+    train([optimizer], ["random"])
+
+    assert optimizer.param_groups[0]["caution"] is False
 
 
 # --- AdamP: skipped steps

@@ -1,305 +1,59 @@
 """Training steps side by side in one process: time, launches, host syncs, images/s, MFU.
 
-    python tools/bench_step.py --json steps.json                   # one GPU, under 10 minutes
+    python tools/bench_step.py --json steps.json                    # one GPU, under 10 minutes
     python tools/bench_step.py --shards 'data/train-<000..012>.tar' # and ours fed by the loader
 
-Contenders, each with its own model, on the same synthetic batches in host memory:
+Contenders (`bench_step_contenders`), each with its own model, on the same synthetic batches in
+host memory:
 
 - article: its loop as written: float32 batches copied while the host waits, fp16, GradScaler,
   timm's AdamP, isfinite and three `.item()` (its progress bar and TensorBoard are left out);
 - timm, AdamP: train.py of timm 1.0 with --amp-dtype bfloat16 --torchcompile --channels-last
   --clip-grad 1, its PrefetchLoader, its Mixup on the device, its `loss.item()`;
 - timm, AdamW: the same with PyTorch's fused AdamW, the lower bound of any optimizer;
-- ours: `train_step` on `prefetch_to_device`'s batches;
-- ours, compiled AdamP (only if asked for: --contenders): with `torch.compile` on the optimizer.
+- ours: `train_step` on `prefetch_to_device`'s batches, channels_last as our loader makes them;
+- only if asked for (--contenders): ours, compiled AdamP, with `torch.compile` on the optimizer;
+  ours, cudnn.benchmark, with which timm and the article train, and we do not.
 
 Rounds go through all contenders in turn, so that a drift of the machine's speed hits all of them.
 A step's time is a round's time over its steps, the device waited for at both ends. `rest` is the
 step without its optimizer: copy, mixing, forward, backward, clipping. Launches are kernels on a
 GPU, ATen operations on a CPU; syncs are what `torch.cuda.set_sync_debug_mode` warns of, on a CPU
 the reads of a value by the host. What a device cannot tell is n/a.
+
+Models and batch sizes are measured one setting after the other, the first named first. By default,
+on a GPU: convnext_base at batch 160, the article's, then at 384, where a large GPU is busy with
+every kernel, then convnext_tiny at both. JSON is written after each setting. Once --minutes are
+over nothing is started, nor is what would not end by then if it takes as long to compile as the
+slowest so far; what was started is measured at least once.
 """
 
+import gc
 import itertools
 import json
 import statistics
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
 import timm
 import torch
-from timm.data import Mixup
-from timm.data.loader import PrefetchLoader
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import AdamP as TimmAdamP
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import dispatch_clip_grad
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from bench_step_contenders import (
+    NUM_CLASSES,
+    Contender,
+    Setting,
+    article_step,
+    batches_from_shards,
+    our_step,
+    timm_step,
+)
 
-from wds_convnext.build import Compute, build_recipe, build_state, choose_amp
-from wds_convnext.config import TrainConfig
-from wds_convnext.device import prefetch_to_device
+from wds_convnext.build import Compute, choose_amp
 from wds_convnext.distributed import World
-from wds_convnext.gauges import DeviceTimer, peak_flops, training_flops
+from wds_convnext.gauges import peak_flops, training_flops
 from wds_convnext.model import create_model
-from wds_convnext.order import TrainOrder
-from wds_convnext.reader import open_shards
-from wds_convnext.step import train_step
-from wds_convnext.stream import Batch, ShardStream, make_loader
-from wds_convnext.transforms import TrainTransform
 
-NUM_CLASSES = 100
-DROP_PATH_RATE = 0.2
-MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all contenders have in common."""
-
-    model: str
-    batch_size: int
-    image_size: int
-    compute: Compute
-
-    @property
-    def device(self) -> torch.device:
-        return self.compute.device
-
-    def host_batches(self) -> list[Batch]:
-        """A few different uint8 batches, in memory that a GPU copies from directly."""
-        rng = torch.Generator().manual_seed(0)
-        shape = (self.batch_size, 3, self.image_size, self.image_size)
-        batches = []
-        for _ in range(4):
-            images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
-            labels = torch.randint(0, NUM_CLASSES, (self.batch_size,), generator=rng)
-            tensors = images, labels, torch.ones(self.batch_size, dtype=torch.bool)
-            if self.device.type == "cuda":
-                tensors = tuple(tensor.pin_memory() for tensor in tensors)
-            batches.append(Batch(*tensors, []))
-        return batches
-
-    def compile(self, model: nn.Module) -> Callable:
-        return torch.compile(model) if self.compute.compiled else model
-
-
-def article_step(setting: Setting, timer: DeviceTimer) -> Callable[[], None]:
-    """The article's train_epoch, line by line."""
-    device = setting.device
-    fp16 = device.type == "cuda"
-    mixup = Mixup(**MIX, prob=1.0, switch_prob=0.5, mode="batch", num_classes=1000)
-    model = timm.create_model(setting.model, drop_path_rate=DROP_PATH_RATE).to(device)
-    forward = setting.compile(model)
-    optimizer = TimmAdamP(model.parameters(), lr=4e-3, weight_decay=0.05)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=93_900, warmup_t=1_565, warmup_lr_init=1e-6, warmup_prefix=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-    criterion = SoftTargetCrossEntropy().to(device)
-    floats = [(batch.images / 255, batch.labels) for batch in setting.host_batches()]
-    if fp16:
-        floats = [(images.pin_memory(), labels) for images, labels in floats]
-    batches, steps, losses = itertools.cycle(floats), itertools.count(), []
-    model.train()
-
-    def step() -> None:
-        inputs, targets = (tensor.to(device) for tensor in next(batches))
-        inputs, targets = mixup(inputs, targets)
-        with torch.autocast(device.type, enabled=fp16):
-            loss = criterion(forward(inputs), targets)
-        if not torch.isfinite(loss):
-            return
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with timer.span():
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scheduler.step(next(steps))
-        losses[:] = loss.item(), loss.item(), loss.item()  # sum, TensorBoard, progress bar
-
-    return step
-
-
-def timm_step(setting: Setting, timer: DeviceTimer, **optimizer_options) -> Callable[[], None]:
-    """The update of timm's train.py, one process, without accumulation."""
-    device, autocast = setting.device, setting.compute.autocast
-    mixup = Mixup(**MIX, num_classes=NUM_CLASSES)
-    model = timm.create_model(
-        setting.model, num_classes=NUM_CLASSES, drop_path_rate=DROP_PATH_RATE
-    ).to(device, memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(model, lr=1e-4, weight_decay=0.05, **optimizer_options)
-    forward = setting.compile(model)
-    criterion = SoftTargetCrossEntropy().to(device)
-    pairs = [(batch.images, batch.labels) for batch in setting.host_batches()]
-    batches = iter(PrefetchLoader(itertools.cycle(pairs), device=device))
-    model.train()
-
-    def step() -> None:
-        inputs, targets = mixup(*next(batches))
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with autocast():
-            loss = criterion(forward(inputs), targets)
-        loss.backward()
-        dispatch_clip_grad(model.parameters(), value=1.0, mode="norm")
-        with timer.span():
-            optimizer.step()
-        loss.item()
-        optimizer.zero_grad()
-
-    return step
-
-
-def our_step(
-    setting: Setting,
-    timer: DeviceTimer,
-    *,
-    batches: Iterator[Batch] | None = None,
-    compile_optimizer: bool = False,
-) -> Callable[[], None]:
-    """`train_step` as `wds-convnext train` calls it."""
-    config = TrainConfig(
-        model=setting.model, image_size=setting.image_size, batch_size=setting.batch_size
-    )
-    state, _ = build_state(config, NUM_CLASSES, setting.compute)
-    recipe = build_recipe(config, state, NUM_CLASSES, setting.compute)
-    recipe = replace(recipe, optimizer_timer=timer)
-    if compile_optimizer:
-        state.optimizer.step = torch.compile(state.optimizer.step, fullgraph=True)
-    batches = batches or itertools.cycle(setting.host_batches())
-    on_device = prefetch_to_device(batches, setting.device)
-
-    def step() -> None:
-        train_step(state, [next(on_device)], lr=1e-4, recipe=recipe)
-
-    return step
-
-
-def batches_from_shards(setting: Setting, spec: str, workers: int) -> Iterator[Batch]:
-    """Batches as training reads, decodes and crops them; labels folded into NUM_CLASSES."""
-    shard_set = open_shards(spec)
-    order = TrainOrder(
-        shard_set.sizes, seed=0, global_batch_size=setting.batch_size, shuffle_buffer=100_000
-    )
-    transform = TrainTransform(setting.image_size)
-    stream = ShardStream(shard_set, order, batch_size=setting.batch_size, transform=transform)
-    pin_memory = setting.device.type == "cuda"
-    for batch in make_loader(stream, workers=workers, pin_memory=pin_memory):
-        yield batch._replace(labels=batch.labels % NUM_CLASSES)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operations, and those among them that make the host wait for a value."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.num_operations = self.num_reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.num_operations += 1
-        self.num_reads += function._schema.name.removeprefix("aten::") in self.WAITING
-        return function(*args, **kwargs or {})
-
-
-@dataclass
-class Contender:
-    """One kind of step, and what was measured of it; times in ms, one per round."""
-
-    name: str
-    make: Callable[[DeviceTimer], Callable[[], None]]
-    cudnn_benchmark: bool = False  # as its own script sets it
-    step_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-    launches: int | None = None
-    syncs: int | None = None
-    top_kernels: list[dict] = field(default_factory=list)  # of one step; empty on a CPU
-    failed: str | None = None
-
-    def attempt(self, action: Callable[["Contender"], None]) -> None:
-        """Do something with a contender that still runs; running out of memory ends it."""
-        if self.failed:
-            return
-        try:
-            with torch.backends.cudnn.flags(benchmark=self.cudnn_benchmark):
-                action(self)
-        except torch.cuda.OutOfMemoryError:
-            self.failed = "out of memory"
-
-    def start(self, device: torch.device) -> None:
-        """Build, compile and settle."""
-        self.timer = DeviceTimer(device)
-        self.step = self.make(self.timer)
-        for _ in range(4):
-            self.step()
-        wait_for(device)
-
-    def count(self, device: torch.device) -> None:
-        """Launches and syncs of one step."""
-        if device.type != "cuda":
-            with HostReads() as counted:
-                self.step()
-            self.launches, self.syncs = counted.num_operations, counted.num_reads
-            return
-        self.syncs = count_sync_warnings(self.step)
-        wait_for(device)
-        with torch.profiler.profile() as profiler:
-            self.step()
-            wait_for(device)
-        kernels = [
-            event
-            for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-            and not event.is_user_annotation
-            and not event.name.startswith(("Memcpy", "Memset"))
-        ]
-        self.launches = len(kernels)
-        times, counts = Counter(), Counter()
-        for event in kernels:
-            times[event.name] += event.time_range.elapsed_us() / 1e3
-            counts[event.name] += 1
-        self.top_kernels = [
-            {"kernel": name, "ms": ms, "launches": counts[name]}
-            for name, ms in times.most_common(20)
-        ]
-
-    def measure(self, device: torch.device, num_steps: int) -> None:
-        """One round."""
-        wait_for(device)
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            self.step()
-        wait_for(device)
-        self.step_ms.append(1e3 * (time.perf_counter() - start) / num_steps)
-        optimizer_ms = self.timer.last_ms()
-        if optimizer_ms is not None:
-            self.optimizer_ms.append(optimizer_ms)
-
-
-def count_sync_warnings(step: Callable[[], None]) -> int:
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+ONLY_IF_ASKED_FOR = {"ours, compiled AdamP", "ours, cudnn.benchmark"}  # each takes a start more
 
 
 def contenders_of(setting: Setting, shards: str | None, workers: int) -> dict[str, Contender]:
@@ -318,6 +72,7 @@ def contenders_of(setting: Setting, shards: str | None, workers: int) -> dict[st
         Contender("timm, AdamW", timms(opt="adamw", **fused), cudnn_benchmark=True),
         Contender("ours", ours()),
         Contender("ours, compiled AdamP", ours(compile_optimizer=True)),
+        Contender("ours, cudnn.benchmark", ours(), cudnn_benchmark=True),
     ]
     if shards:
         batches = batches_from_shards(setting, shards, workers)
@@ -382,9 +137,79 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+class Deadline:
+    """The end of --minutes, counted from now."""
+
+    def __init__(self, minutes: float):
+        self._end = time.perf_counter() + 60 * minutes
+        self._longest_start_s = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return time.perf_counter() > self._end
+
+    def leaves_time_to_start(self) -> bool:
+        """Whether a contender would start by then, if as slow as the slowest so far."""
+        return time.perf_counter() + self._longest_start_s <= self._end
+
+    def note_start(self, seconds: float) -> None:
+        self._longest_start_s = max(self._longest_start_s, seconds)
+
+
+def run_rounds(
+    contenders: list[Contender], device: torch.device, rounds: int, steps: int, deadline: Deadline
+) -> None:
+    """Start and count all, then measure in turn, until the rounds or the time are over.
+
+    Ours is last in the table and first to start: without it the others are compared with nothing.
+    """
+    for contender in reversed(contenders):
+        if not deadline.leaves_time_to_start():
+            contender.failed = "no time left"
+        contender.attempt(lambda one: one.start(device))
+        contender.attempt(lambda one: one.count(device))
+        deadline.note_start(contender.start_s)
+    for number in range(rounds):
+        if number > 0 and deadline.is_over:
+            return
+        for contender in contenders:
+            contender.attempt(lambda one: one.measure(device, steps))
+
+
+def measure_setting(
+    setting: Setting,
+    names: list[str] | None,
+    *,
+    shards: str | None,
+    workers: int,
+    rounds: int,
+    steps: int,
+    deadline: Deadline,
+) -> dict:
+    """Measure the contenders of these names, or all; what `--json` keeps of it."""
+    torch.compiler.reset()  # it gives up compiling a forward that too many models share
+    gc.collect()  # the models of the setting before
+    torch.cuda.empty_cache()
+    known = contenders_of(setting, shards, workers)
+    names = names or [name for name in known if name not in ONLY_IF_ASKED_FOR]
+    chosen = [known[name] for name in names]
+    flops = training_flops(create_model(setting.model, num_classes=NUM_CLASSES), setting.image_size)
+    run_rounds(chosen, setting.device, rounds, steps, deadline)
+    return {
+        "model": setting.model,
+        "batch_size": setting.batch_size,
+        "image_size": setting.image_size,
+        "flops_per_image": flops,
+        "compiled": setting.compute.compiled,
+        "rows": [summarise(one, known["ours"], setting, flops) for one in chosen],
+    }
+
+
 @click.command()
 @click.option("--model", "models", multiple=True, help="[GPU: convnext_base, convnext_tiny]")
-@click.option("--batch-size", "batch_sizes", multiple=True, type=int, help="[GPU: 160; CPU: 16]")
+@click.option(
+    "--batch-size", "batch_sizes", multiple=True, type=int, help="[GPU: 160, 384; CPU: 16]"
+)
 @click.option("--image-size", type=int, help="[GPU: 224; CPU: 32]")
 @click.option("--contenders", help="Names, separated by semicolons.")
 @click.option("--rounds", default=5, show_default=True)
@@ -410,7 +235,7 @@ def main(
     json_path,
 ):
     """Compare training steps on synthetic batches."""
-    deadline = time.perf_counter() + 60 * minutes
+    deadline = Deadline(minutes)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -422,49 +247,26 @@ def main(
     report = {"device": name, "about": about, "results": []}
     for model, batch_size in itertools.product(
         models or (("convnext_base", "convnext_tiny") if on_gpu else ("test_convnext",)),
-        batch_sizes or (160 if on_gpu else 16,),
+        batch_sizes or ((160, 384) if on_gpu else (16,)),
     ):
-        torch.compiler.reset()  # it gives up compiling a forward that too many models share
-        setting = Setting(model, batch_size, image_size or (224 if on_gpu else 32), compute)
-        known = contenders_of(setting, shards, workers)
-        names = [name.strip() for name in contenders.split(";")] if contenders else list(known)
-        if not contenders:
-            names.remove("ours, compiled AdamP")  # compiles for minutes
-        chosen = [known[name] for name in names]
-        flops = training_flops(create_model(model, num_classes=NUM_CLASSES), setting.image_size)
-        run_rounds(chosen, device, rounds, steps or (10 if on_gpu else 3), deadline)
-        rows = [summarise(one, known["ours"], setting, flops) for one in chosen]
+        result = measure_setting(
+            Setting(model, batch_size, image_size or (224 if on_gpu else 32), compute),
+            [name.strip() for name in contenders.split(";")] if contenders else None,
+            shards=shards,
+            workers=workers,
+            rounds=rounds,
+            steps=steps or (10 if on_gpu else 3),
+            deadline=deadline,
+        )
         click.echo(
-            f"\n{model}, {setting.image_size} px, batch {batch_size}, {flops / 1e9:.3g} GFLOP per "
-            f"image; {about}, {'compiled' if compile else 'not compiled'}; medians of "
-            f"{rounds} rounds\n\n{format_table(rows)}"
+            f"\n{model}, {result['image_size']} px, batch {batch_size}, "
+            f"{result['flops_per_image'] / 1e9:.3g} GFLOP per image; {about}, "
+            f"{'compiled' if compile else 'not compiled'}; medians of {rounds} rounds\n\n"
+            f"{format_table(result['rows'])}"
         )
-        report["results"].append(
-            {"model": model, "batch_size": batch_size, "image_size": setting.image_size}
-            | {"flops_per_image": flops, "compiled": compile, "rows": rows}
-        )
+        report["results"].append(result)
         if json_path:
             json_path.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def run_rounds(
-    contenders: list[Contender],
-    device: torch.device,
-    rounds: int,
-    steps: int,
-    deadline: float,
-) -> None:
-    """Start all, count all, then measure in turn, until the rounds or the time are over."""
-    for contender in contenders:
-        if time.perf_counter() > deadline:
-            contender.failed = "no time left"
-        contender.attempt(lambda one: one.start(device))
-        contender.attempt(lambda one: one.count(device))
-    for _ in range(rounds):
-        if time.perf_counter() > deadline:
-            return
-        for contender in contenders:
-            contender.attempt(lambda one: one.measure(device, steps))
 
 
 if __name__ == "__main__":
