@@ -83,8 +83,8 @@ def sample_members(num_samples: int, *, start: int = 0) -> list[tuple[str, bytes
 
 def write_shards(folder: Path, sizes: list[int], *, split: str = "train") -> Path:
     """Shards of samples numbered over the split, with sidecars and manifest; gives the latter."""
-    from wds_convnext.shards import Manifest, Shard
-    from wds_convnext.tarindex import format_sidecar, sidecar_path, walk_tar
+    from wds_convnext.shards.spec import Manifest, Shard
+    from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
 
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -111,7 +111,7 @@ def parquet(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(parquet, tmp_path_factory) -> Path:
     """The same as tar shards in stored order, so sorted by class. Do not write to it."""
-    from wds_convnext.reshard import reshard
+    from wds_convnext.conversion import reshard
 
     out = tmp_path_factory.mktemp("shards") / "data"
     reshard(str(parquet), str(out), shuffle=False, quiet=True)

@@ -11,9 +11,9 @@ import os
 import shutil
 import sys
 
+from wds_convnext.conversion import reshard
 from wds_convnext.errors import ShardError
-from wds_convnext.reader import open_shards
-from wds_convnext.reshard import reshard
+from wds_convnext.shards.reader import open_shards
 
 CHANGES = ("replace", "fsync", "unlink", "rmdir", "mkdir")
 RESUMED_AT = 5  # changes that each process of `again` lives to make, at least

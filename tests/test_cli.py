@@ -10,7 +10,7 @@ import torch
 from conftest import CLASS_NAMES, TINY_RUN, write_parquet
 
 from wds_convnext.cli import main
-from wds_convnext.reshard import reshard
+from wds_convnext.conversion import reshard
 
 
 def call(capsys, *args) -> tuple[int, str, str]:

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from wds_convnext import parallel
+from wds_convnext import pool as parallel
 from wds_convnext.errors import DataError
-from wds_convnext.parallel import Progress, Workers
+from wds_convnext.pool import Progress, Workers
 
 
 def double(task, count):

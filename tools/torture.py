@@ -20,9 +20,9 @@ from pathlib import Path
 import click
 import torch
 
-from wds_convnext.checkpoint import load_checkpoint
+from wds_convnext.conversion import reshard
 from wds_convnext.errors import CheckpointError
-from wds_convnext.reshard import reshard
+from wds_convnext.training.checkpoint import load_checkpoint
 
 RUN = {
     "--model": "test_convnext",

@@ -70,14 +70,14 @@ def train(ctx: click.Context, **options) -> None:
         options |= _options_of_the_run(ctx, options)
     if options["shards"] is None:
         raise UsageError("--shards is missing. Name them: --shards 'data/train-<000..012>.tar'.")
-    from wds_convnext.run import run_training
+    from wds_convnext.training.run import run_training
 
     sys.exit(run_training(TrainConfig(**options)))
 
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     """What the resumed run's config.toml says for options that nothing else sets."""
-    from wds_convnext.folder import resumed_from
+    from wds_convnext.training.rundir import resumed_from
 
     folder, _ = resumed_from(options["resume"], options["out"])
     path = folder / "config.toml"
@@ -94,7 +94,7 @@ def evaluate(**options) -> None:
 
     With no option: the newest run's best checkpoint, on the shards it was validated on.
     """
-    from wds_convnext.run import run_evaluation
+    from wds_convnext.training.run import run_evaluation
 
     config = EvalConfig(**options)
     result, about = run_evaluation(config)
@@ -128,7 +128,7 @@ def shards(src: str, **options) -> None:
     SRC is a folder of files named {split}-00000-of-00013.parquet (every split in it is converted),
     a glob, or a comma list of files. Running the same command again finishes what was interrupted.
     """
-    from wds_convnext.reshard import reshard
+    from wds_convnext.conversion import reshard
 
     options["jobs"] = options["jobs"] or os.cpu_count() or 1
     report = reshard(src, **options)
@@ -145,7 +145,7 @@ def verify(shards: str, **options) -> None:
 
     Exit codes: 0 everything fits; 1 problems were found, one per line; 2 something to mend.
     """
-    from wds_convnext.checks.verify import verify as verify_shards
+    from wds_convnext.check.verify import verify as verify_shards
 
     as_json = options.pop("json")
     options["jobs"] = options["jobs"] or os.cpu_count() or 1
@@ -163,7 +163,7 @@ def inspect(shards: str, **options) -> None:
     SHARDS is as for training; a folder stands for all splits in it. Parquet files (a folder, a
     glob, a file) are described, too: schema, rows, row groups, compression.
     """
-    from wds_convnext.checks.inspection import inspect as inspect_shards
+    from wds_convnext.check.inspect import inspect as inspect_shards
 
     as_json = options.pop("json")
     options["jobs"] = options["jobs"] or os.cpu_count() or 1
@@ -183,7 +183,7 @@ def bench(shards: str, **options) -> None:
     SHARDS is as for training. For each number of workers: images per second, CPU time, memory and
     the wait for the first batch; then where the time of one image goes.
     """
-    from wds_convnext.bench import bench as bench_loader
+    from wds_convnext.check.bench import bench as bench_loader
 
     as_json = options.pop("json")
     report = bench_loader(shards, **options)
@@ -199,7 +199,7 @@ def index(shards: str, **options) -> None:
     Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
     they are; damaged ones, and keys that come twice, are refused by name.
     """
-    from wds_convnext.checks.indexing import index_shards, read_class_names
+    from wds_convnext.check.index import index_shards, read_class_names
 
     as_json = options.pop("json")
     options["jobs"] = options["jobs"] or os.cpu_count() or 1

@@ -1,0 +1,476 @@
+"""Reading by number: the right bytes or a ShardError, within bounds of memory and open files."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from conftest import CLASS_NAMES, encode_image, sample_members, write_shards, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wds_convnext.errors import DataError, ShardError
+from wds_convnext.shards.reader import SampleReader, find_validation, load_index, open_shards
+from wds_convnext.shards.spec import Shard, read_manifest
+from wds_convnext.shards.tar import BLOCK, format_sidecar, index_samples, sidecar_path, walk_tar
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def read_all(reader: SampleReader) -> list[tuple[bytes, int]]:
+    return [
+        reader.read(i, sample)
+        for i, shard in enumerate(reader.shards)
+        for sample in range(shard.num_samples)
+    ]
+
+
+def pairs(members: list[tuple[str, bytes]]) -> list[tuple[bytes, int]]:
+    """What reading the samples of `sample_members` must give."""
+    return [(image[1], int(label[1])) for image, label in zip(members[::2], members[1::2])]
+
+
+@pytest.mark.parametrize("with_sidecar", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_sample_is_read_as_written(tmp_path, format, with_sidecar):
+    """Whatever the tar's format, with and without a sidecar, in any order of reading."""
+    members = sample_members(5)
+    shard = write_tar(tmp_path / "a.tar", members, format=FORMATS[format])
+    if with_sidecar:
+        Path(sidecar_path(shard)).write_bytes(format_sidecar(list(walk_tar(shard))))
+    reader = SampleReader((Shard(shard, 5),))
+
+    forwards = read_all(reader)
+    backwards = [reader.read(0, sample) for sample in reversed(range(5))]
+
+    assert forwards == pairs(members)
+    assert backwards == forwards[::-1]
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+@pytest.mark.parametrize("name", ["long/" + "k" * 200, "ü" * 120])
+def test_samples_of_long_names_are_read(tmp_path, format, name):
+    """An extra header stands before the member's own, which still stands before the data."""
+    members = [(f"{name}.cls", b"3"), (f"{name}.jpg", b"image")]
+    shard = write_tar(tmp_path / "a.tar", members, format=FORMATS[format])
+
+    assert SampleReader((Shard(shard, 1),)).read(0, 0) == (b"image", 3)
+
+
+def test_a_member_of_8_gigabytes_fits_the_header_check(tmp_path):
+    """Sizes over 8 GiB stand in base 256; the file has a hole, so it takes no space."""
+    shard = tmp_path / "a.tar"
+    big = tarfile.TarInfo("a.npy")
+    big.size = 9 << 30
+    label, image = tarfile.TarInfo("a.cls"), tarfile.TarInfo("a.jpg")
+    label.size, image.size = 1, 5
+    with open(shard, "wb") as file:
+        file.write(label.tobuf() + b"2".ljust(BLOCK, b"\0") + big.tobuf(tarfile.GNU_FORMAT))
+        file.seek(big.size, os.SEEK_CUR)
+        file.write(image.tobuf() + b"image".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
+    reader = SampleReader((Shard(str(shard), 1),))
+
+    assert reader.read(0, 0) == (b"image", 2)
+
+
+def test_an_image_far_from_its_label_is_read_by_itself(tmp_path):
+    """What lies between them is passed over; the same bytes come."""
+    members = [("a.cls", b"3"), ("a.npy", bytes(100_000)), ("a.jpg", b"image")]
+    shard = write_tar(tmp_path / "a.tar", members)
+
+    assert SampleReader((Shard(shard, 1),)).read(0, 0) == (b"image", 3)
+
+
+def test_webdatasets_shards_are_read(tmp_path):
+    """TarWriter's members in alphabetical order of extension, `.jpeg`, `.png`, `.webp`."""
+    shard = str(tmp_path / "a.tar")
+    formats = ["jpeg", "png", "webp"]
+    images = [encode_image(i, format=format.upper()) for i, format in enumerate(formats)]
+    with webdataset.TarWriter(shard) as writer:
+        for i, (format, image) in enumerate(zip(formats, images)):
+            writer.write({"__key__": f"{i:03d}", format: image, "cls": 10 + i, "txt": "a caption"})
+
+    assert read_all(SampleReader((Shard(shard, 3),))) == list(zip(images, [10, 11, 12]))
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        (b"7", 7),
+        (b"7\n", 7),
+        (b" 07 ", 7),
+        (b"0", 0),
+        (b"-1", -1),
+        (b"123456789012345678901", None),
+    ],
+)
+def test_a_cls_label_is_decimal_text(tmp_path, text, label):
+    """Whitespace around it is allowed."""
+    shard = write_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.cls", text)])
+
+    _, found = SampleReader((Shard(shard, 1),)).read(0, 0)
+
+    assert found == (int(text) if label is None else label)
+
+
+@pytest.mark.parametrize(("value", "label"), [(7, 7), (7.0, 7), ("7", 7), (0, 0)])
+def test_a_json_label_is_a_whole_number_in_its_field(tmp_path, value, label):
+    """As img2dataset writes it; pandas makes floats of whole numbers."""
+    content = json.dumps({"caption": "a dog", "class": value, "label": 1}).encode()
+    shard = write_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.json", content)])
+    reader = SampleReader((Shard(shard, 1),), label_field="class")
+
+    assert reader.read(0, 0) == (b"image", label)
+
+
+@pytest.mark.parametrize(
+    ("extension", "content"),
+    [
+        ("cls", b""),
+        ("cls", b"dog"),
+        ("cls", b"3.7"),
+        ("cls", b"\xff\xfe"),
+        ("json", b"{}"),
+        ("json", b"{"),
+        ("json", b"7"),
+        ("json", b'{"label": "dog"}'),
+        ("json", b'{"label": null}'),
+        ("json", b'{"label": 3.7}'),
+        ("json", b'{"label": NaN}'),
+        ("json", b'{"label": Infinity}'),
+        ("json", b'{"label": [3]}'),
+    ],
+)
+def test_a_label_that_is_no_whole_number_names_its_sample(tmp_path, extension, content):
+    """Rounding 3.7 to a class would be a wrong label that nobody sees."""
+    shard = write_tar(
+        tmp_path / "a.tar", [("n01_37.jpg", b"image"), (f"n01_37.{extension}", content)]
+    )
+
+    with pytest.raises(DataError) as error:
+        SampleReader((Shard(shard, 1),)).read(0, 0)
+
+    assert str(error.value) == (
+        f"{shard}, key n01_37: the label {content!r} is not an integer. "
+        "Labels are class numbers, in .cls or in the field 'label' of .json."
+    )
+
+
+def test_a_raw_sample_is_webdatasets(tmp_path):
+    """`__key__`, `__url__`, and the bytes of every member under its extension."""
+    members = [
+        ("d/a.cls", b"3"),
+        ("d/a.JPG", b"image"),
+        ("d/a.seg.png", b""),
+        ("d/b.txt", b"no label"),
+    ]
+    shard = write_tar(tmp_path / "a.tar", members)
+    reader = SampleReader((Shard(shard, 2),))
+
+    samples = [reader.read_raw(0, i) for i in range(2)]
+
+    theirs = list(webdataset.WebDataset(shard, shardshuffle=False))
+    assert [dict(sample, __local_path__=None) for sample in samples] == [
+        dict(sample, __local_path__=None) for sample in theirs
+    ]
+
+
+def test_a_sample_is_described_by_the_image_that_is_read(tmp_path):
+    """Where there are two, that is the first of the extensions, not of the members."""
+    members = [("a.png", b"small"), ("a.jpg", b"the image"), ("a.cls", b"0")]
+    shard = write_tar(tmp_path / "a.tar", members)
+    reader = SampleReader((Shard(shard, 1),))
+
+    where = reader.describe(0, 0)
+
+    assert where["shard"] == shard
+    assert where["key"] == "a"
+    assert Path(shard).read_bytes()[where["offset"] :].startswith(b"the image")
+    assert reader.read(0, 0)[0] == b"the image"
+
+
+@given(moves=st.lists(st.integers(-2, 2), min_size=4, max_size=4).filter(any), data=st.data())
+def test_a_stale_sidecar_gives_an_error_or_the_right_sample(tmp_path_factory, moves, data):
+    """Samples of other sizes than the sidecar knows; never an image under another's label."""
+    folder = tmp_path_factory.getbasetemp() / "stale"
+    folder.mkdir(exist_ok=True)
+    sizes = data.draw(st.lists(st.integers(1, 3), min_size=4, max_size=4))
+    shard = write_tar(folder / "a.tar", blocks(sizes))
+    samples = list(walk_tar(shard))
+    resized = [max(0, size + move) for size, move in zip(sizes, moves)]
+    write_tar(folder / "a.tar", blocks(resized))
+    truth = pairs(blocks(resized))
+    Path(sidecar_path(shard)).write_bytes(format_sidecar(samples))
+    reader = SampleReader((Shard(shard, 4),))
+
+    for sample in range(4):
+        try:
+            found = reader.read(0, sample)
+        except ShardError as error:
+            assert shard.removesuffix(".tar") in str(error)
+        else:
+            assert found in truth
+    reader.close()
+
+
+def blocks(sizes: list[int]) -> list[tuple[str, bytes]]:
+    """Samples whose images fill whole blocks, so that other samples' offsets often fit a header."""
+    pairs = [
+        ((f"{i}.jpg", bytes([65 + i]) * size * BLOCK), (f"{i}.cls", str(i).encode()))
+        for i, size in enumerate(sizes)
+    ]
+    return [member for pair in pairs for member in pair]
+
+
+def test_a_sidecar_of_another_shard_is_refused(tmp_path):
+    """Every sample: the member's own header must stand before the data and tell its size."""
+    shard = write_tar(tmp_path / "a.tar", sample_members(4))
+    other = write_tar(tmp_path / "b.tar", sample_members(4, start=4))
+    Path(sidecar_path(shard)).write_bytes(format_sidecar(list(walk_tar(other))))
+    reader = SampleReader((Shard(shard, 4),))
+
+    for sample in range(1, 4):
+        for read in (reader.read, reader.read_raw):
+            with pytest.raises(ShardError, match="a.tar"):
+                read(0, sample)
+
+
+@pytest.mark.parametrize("num_samples", [3, 5])
+def test_another_number_of_samples_than_the_manifests_is_refused(tmp_path, num_samples):
+    """Whether samples or whole dicts are read."""
+    shard = write_tar(tmp_path / "a.tar", sample_members(4))
+    reader = SampleReader((Shard(shard, num_samples),))
+
+    for read in (reader.read, reader.read_raw):
+        with pytest.raises(ShardError) as error:
+            read(0, num_samples - 1)
+        assert str(error.value) == (
+            f"{shard}: its index has 4 samples, expected {num_samples}. "
+            "Delete the .idx beside it, or run make shards."
+        )
+
+
+def test_another_size_than_the_manifests_is_refused(tmp_path):
+    """Whether the shard was cut, or is another file."""
+    shard = write_tar(tmp_path / "a.tar", sample_members(1))
+    size = os.path.getsize(shard)
+
+    with pytest.raises(ShardError) as error:
+        load_index(Shard(shard, 1, size + 1))
+
+    assert str(error.value) == (
+        f"{shard}: {size:,} bytes, but its manifest says {size + 1:,}. The shard is cut short or "
+        "another file: copy it again, or run make shards."
+    )
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    """Before anything is read; asking for its bytes ahead of time stops nothing."""
+    reader = SampleReader((Shard(str(tmp_path / "gone.tar"), 1),))
+    reader.will_read(0, 0)
+
+    with pytest.raises(ShardError, match=r"gone.tar: No such file or directory. Run make shards"):
+        reader.read(0, 0)
+
+
+def test_a_shard_cut_after_it_was_indexed_is_refused(tmp_path):
+    """A file that changes under a running reader gives an error, not other bytes."""
+    shard = write_tar(tmp_path / "a.tar", sample_members(4))
+    reader = SampleReader((Shard(shard, 4),))
+    reader.read(0, 0)
+    os.truncate(shard, reader.describe(0, 3)["offset"] + 1)
+
+    with pytest.raises(ShardError, match="a.tar: no member of"):
+        reader.read(0, 3)
+
+
+@pytest.mark.parametrize("bound", [{"max_open": 2}, {"max_indexed": 6}, {"max_indexed": 1}])
+def test_few_files_are_open_and_few_offsets_held(tmp_path, bound):
+    """However many shards are read, in whatever order; the samples stay the same."""
+    sizes = [3, 1, 3, 2, 3, 3]
+    shards = read_manifest(write_shards(tmp_path, sizes)).shards
+    truth = read_all(SampleReader(shards))
+    reader = SampleReader(shards, **bound)
+    before = num_open_files()
+    most_open = most_held = 0
+
+    found = []
+    for shard in range(6):
+        for sample in range(sizes[shard]):
+            found.append(reader.read(shard, sample))
+            reader.read((shard * 5 + sample) % 6, 0)
+            most_open = max(most_open, num_open_files() - before)
+            most_held = max(most_held, sum(map(len, reader._indexes.values())))
+
+    assert found == truth
+    assert most_open <= bound.get("max_open", 6)
+    assert most_held <= max(bound.get("max_indexed", 15), max(sizes))
+    assert reader.num_opened >= 6
+
+
+def num_open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_a_closed_reader_leaves_no_file_open_and_reads_again(tmp_path):
+    """Closing gives the files back; it is no end."""
+    shards = read_manifest(write_shards(tmp_path, [2, 2])).shards
+    reader = SampleReader(shards)
+    before = num_open_files()
+    samples = read_all(reader)
+
+    reader.close()
+
+    assert num_open_files() == before
+    assert read_all(reader) == samples
+
+
+def test_shards_with_a_manifest_are_opened_as_it_says(tmp_path):
+    """Sizes, class names and data set; no shard is read for it, only its size compared."""
+    manifest = write_shards(tmp_path, [3, 0, 2])
+
+    shard_set = open_shards(f"{tmp_path}/train-<000..002>.tar")
+
+    assert shard_set.shards == read_manifest(manifest).shards
+    assert shard_set.sizes.tolist() == [3, 0, 2]
+    assert (shard_set.dataset, shard_set.split) == ("pictures", "train")
+    assert shard_set.class_names == tuple(CLASS_NAMES)
+    assert shard_set.digest == open_shards(str(manifest)).digest
+
+
+@pytest.mark.parametrize("spec", ["//train-<000..001>.tar", "/./train-{000..001}.tar", "/train-*"])
+def test_a_manifest_is_found_however_the_path_is_spelt(tmp_path, spec):
+    """`"$DATA/train-<000..001>.tar"` has two slashes where DATA ends in one."""
+    write_shards(tmp_path, [3, 2])
+
+    shard_set = open_shards(f"{tmp_path}{spec}")
+
+    assert shard_set.sizes.tolist() == [3, 2]
+    assert shard_set.class_names == tuple(CLASS_NAMES)
+
+
+def test_shards_without_a_manifest_are_surveyed(tmp_path):
+    """Samples are counted, classes are the labels up to the highest; every shard is shown."""
+    for i, size in enumerate([3, 2]):
+        write_tar(tmp_path / f"{i:05d}.tar", sample_members(size, start=5 * i))
+    seen = []
+
+    def progress(paths):
+        for path in paths:
+            seen.append(path)
+            yield path
+
+    shard_set = open_shards(str(tmp_path), progress=progress)
+
+    assert shard_set.sizes.tolist() == [3, 2]
+    assert shard_set.class_names == ("0", "1", "2")
+    assert seen == [shard.path for shard in shard_set.shards]
+    assert [shard.num_bytes for shard in shard_set.shards] == list(map(os.path.getsize, seen))
+    assert read_all(SampleReader(shard_set.shards)) == pairs(
+        sample_members(3) + sample_members(2, start=5)
+    )
+
+
+def corrupt(folder: Path) -> None:
+    os.truncate(folder / "train-001.tar", 5000)
+
+
+def stage(folder: Path) -> None:
+    (folder / "train.json").unlink()
+    (folder / "train.partial").mkdir()
+
+
+def empty(folder: Path) -> None:
+    write_shards(folder, [0, 0])
+
+
+def rename_classes(folder: Path) -> None:
+    manifest = folder / "val.json"
+    manifest.write_text(manifest.read_text().replace("ant", "Ameise"))
+
+
+def add_shard(folder: Path) -> None:
+    write_tar(folder / "train-002.tar", sample_members(1, start=20))
+
+
+def label_below_zero(folder: Path) -> None:
+    (folder / "train.json").unlink()
+    (folder / "train-001.idx").unlink()
+    write_tar(folder / "train-001.tar", [("a.jpg", b""), ("a.cls", b"-1")])
+
+
+@pytest.mark.parametrize(
+    ("damage", "spec", "message"),
+    [
+        (corrupt, "train.json", "train-001.tar: 5,000 bytes, but its manifest says 10,240."),
+        (stage, "train-*.tar", "train.partial: the conversion was interrupted"),
+        (empty, "train.json", "train.json: the shards hold no samples."),
+        (rename_classes, "*.tar", "train.json and {}/val.json: their class names differ."),
+        (add_shard, "train-*.tar", "train-002.tar: not listed in {}/train.json."),
+        (label_below_zero, "train-*.tar", "train-001.tar: a label of -1. Labels count from 0."),
+    ],
+)
+def test_shards_that_do_not_fit_end_in_one_line(tmp_path, damage, spec, message):
+    """A shard cut or unknown, a conversion interrupted, no samples, other or negative classes."""
+    write_shards(tmp_path, [3, 2])
+    write_shards(tmp_path, [2], split="val")
+    damage(tmp_path)
+
+    with pytest.raises(ShardError) as error:
+        open_shards(f"{tmp_path}/{spec}")
+
+    assert message.format(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], None),
+        (["test-000.tar"], None),
+        (["val-000.tar"], "val-*.tar"),
+        (["val-000.tar", "val.json"], "val.json"),
+        (["val.json", "validation-000.tar"], "validation-*.tar"),
+    ],
+)
+def test_validation_shards_are_found_by_name(tmp_path, files, expected):
+    """Beside the training shards: `validation` before `val`, a manifest before its shards."""
+    train_set = open_shards(str(write_shards(tmp_path, [1])))
+    for name in files:
+        (tmp_path / name).touch()
+
+    found = find_validation(train_set)
+
+    assert found == (expected and f"{tmp_path}/{expected}")
+
+
+def test_reading_is_one_pread_and_two_header_checks(tmp_path):
+    """A flipped bit in the size field of either header is an error, whichever member is read."""
+    shard = write_tar(tmp_path / "a.tar", sample_members(1))
+    index = index_samples(shard, list(walk_tar(shard)))
+    whole = Path(shard).read_bytes()
+    reader = SampleReader((Shard(shard, 1),))
+    reader.read(0, 0)
+
+    for offset in (int(index.image_offset[0]), int(index.label_offset[0])):
+        damaged = bytearray(whole)
+        damaged[offset - BLOCK + 134] ^= 1
+        Path(shard).write_bytes(damaged)
+        with pytest.raises(ShardError, match="where its index says so"):
+            reader.read(0, 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no posix_fadvise")
+def test_bytes_asked_for_are_those_that_are_read(tmp_path, monkeypatch):
+    """The image and its header, so that nothing else has to come from the disk first."""
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *where: asked.append(where))
+    members = sample_members(3)
+    reader = SampleReader((Shard(write_tar(tmp_path / "a.tar", members), 3),))
+
+    reader.will_read(0, 2)
+
+    offset, num_bytes = reader.describe(0, 2)["offset"], len(reader.read(0, 2)[0])
+    assert asked == [(offset - 512, 512 + num_bytes, os.POSIX_FADV_WILLNEED)]

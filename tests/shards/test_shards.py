@@ -1,0 +1,360 @@
+"""Specs, manifests and atomic writes: what a name on the command line means, or one line why not.
+
+Names are all that counts here, so most files are empty.
+"""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import write_shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wds_convnext.errors import ShardError
+from wds_convnext.shards.spec import (
+    Manifest,
+    Shard,
+    ShardSet,
+    expand_spec,
+    manifest_path,
+    read_manifest,
+    split_of,
+    staging_path,
+    write_atomically,
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A working directory with 13 training and 2 validation shards under data/."""
+    (tmp_path / "data").mkdir()
+    for i in range(13):
+        (tmp_path / f"data/train-{i:03d}.tar").touch()
+        (tmp_path / f"data/train-{i:03d}.idx").touch()
+    for i in range(2):
+        (tmp_path / f"data/val-{i:03d}.tar").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*numbers: int) -> list[str]:
+    return [f"data/train-{i:03d}.tar" for i in numbers]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("data/train-<000..012>.tar", train(*range(13))),
+        ("data/train-{000..012}.tar", train(*range(13))),
+        ("data/train-<010..012>.tar", train(10, 11, 12)),
+        ("data/train-{000,007}.tar", train(0, 7)),
+        ("data/train-{000..006..3}.tar", train(0, 3, 6)),
+        ("data/train-{002..000}.tar", train(2, 1, 0)),
+        ("data/train-00[0-2].tar", train(0, 1, 2)),
+        ("data/train-01?.tar", train(10, 11, 12)),
+        ("data/train-01*", train(10, 11, 12)),
+        ("data/**/train-012.tar", train(12)),
+        ("data/train-005.tar", train(5)),
+        ("file://data/train-005.tar", train(5)),
+        ("data/train-005.tar,data/train-001.tar", train(5, 1)),
+        (" data/train-005.tar , data/train-001.tar, ", train(5, 1)),
+        ("data/train-<000..001>.tar,data/train-01[12].tar", train(0, 1, 11, 12)),
+        ("data/{train-012,train-{000..001}}.tar", train(12, 0, 1)),
+        ("data/train-{000,001}.tar,data/train-{003,004}.tar", train(0, 1, 3, 4)),
+    ],
+)
+def test_a_spec_names_shards_in_order(here, spec, expected):
+    """Ranges as the article writes them, braces as webdataset's, globs, files, comma lists."""
+    assert expand_spec(spec) == expected
+
+
+@given(first=st.integers(0, 12), last=st.integers(0, 12))
+def test_angle_brackets_mean_braces(tmp_path_factory, first, last):
+    """`<000..012>` names the files that `{000..012}` names, upwards and downwards."""
+    folder = tmp_path_factory.getbasetemp() / "angles"
+    folder.mkdir(exist_ok=True)
+    for i in range(13):
+        (folder / f"train-{i:03d}.tar").touch()
+
+    angles = expand_spec(f"{folder}/train-<{first:03d}..{last:03d}>.tar")
+
+    assert angles == expand_spec(f"{folder}/train-{{{first:03d}..{last:03d}}}.tar")
+    assert len(angles) == abs(last - first) + 1
+
+
+def test_an_absolute_glob_matches(here):
+    """A glob may begin at the root."""
+    assert expand_spec(f"{here}/data/train-01*.tar") == [
+        f"{here}/{name}" for name in train(10, 11, 12)
+    ]
+
+
+def test_a_folder_of_one_split_is_all_its_shards(here):
+    """Sidecars and other files in it are passed over."""
+    for path in (here / "data").glob("val-*"):
+        path.unlink()
+
+    assert expand_spec("data") == train(*range(13))
+
+
+def test_a_folder_of_numbered_shards_is_one_split(tmp_path):
+    """img2dataset names its shards 00000.tar, 00001.tar: these are no splits of one shard each."""
+    for i in range(3):
+        (tmp_path / f"{i:05d}.tar").touch()
+
+    assert expand_spec(str(tmp_path)) == [f"{tmp_path}/{i:05d}.tar" for i in range(3)]
+
+
+def test_a_manifest_is_its_shards(tmp_path):
+    """In the order it lists them, joined to its folder."""
+    manifest = write_shards(tmp_path / "data", [2, 1])
+
+    assert expand_spec(str(manifest)) == [f"{tmp_path}/data/train-{i:03d}.tar" for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "data/train-<000..014>.tar",
+            "data/train-<000..014>.tar: 2 of 15 shards are missing: data/train-013.tar, "
+            "data/train-014.tar. Correct the range, or write them with make shards.",
+        ),
+        (
+            "data/train-{000..040}.tar",
+            "data/train-{000..040}.tar: 28 of 41 shards are missing: data/train-013.tar, "
+            "data/train-014.tar, data/train-015.tar, data/train-016.tar, data/train-017.tar, …. "
+            "Correct the range, or write them with make shards.",
+        ),
+        (
+            "data/trian-000.tar",
+            "data/trian-000.tar: no shard matches. Did you mean data/train-000.tar or "
+            "data/train-010.tar or data/train-009.tar? Run make shards to write shards.",
+        ),
+        (
+            "dat",
+            "dat: no shard matches. There is data/train-000.tar. Run make shards to write shards.",
+        ),
+        (
+            "nowhere/train-<000..012>.tar",
+            "nowhere/train-<000..012>.tar: no shard matches: there is no folder nowhere. "
+            "Run make shards first.",
+        ),
+        (
+            "nowhere/*.tar",
+            "nowhere/*.tar: no shard matches: there is no folder nowhere. Run make shards first.",
+        ),
+        (
+            "data",
+            "data: the folder holds the splits train, val. Name one, for example data/train.json.",
+        ),
+        ("data/train.json", "data/train.json: no such manifest. Run make shards."),
+        (
+            "data/train-{000..012.tar",
+            "data/train-{000..012.tar: its braces do not pair. Write {000..012}.",
+        ),
+        ("", "--shards '': names no shard. Give for example data/train.json."),
+        (" , ", "--shards ' , ': names no shard. Give for example data/train.json."),
+        (
+            "data/train-000.tar,data/train-<000..002>.tar",
+            "--shards 'data/train-000.tar,data/train-<000..002>.tar': names data/train-000.tar "
+            "more than once. Name it once.",
+        ),
+        (
+            "data/train-000.tar,./data/train-000.tar",
+            "--shards 'data/train-000.tar,./data/train-000.tar': names data/train-000.tar more "
+            "than once. Name it once.",
+        ),
+        (
+            "pipe:cat data/train-000.tar",
+            "pipe:cat data/train-000.tar: pipes run a shell, so they are not read. Name files.",
+        ),
+        (
+            "s3://bucket/train-{000..012}.tar",
+            "s3://bucket/train-{000..012}.tar: s3 shards cannot be read. "
+            "Copy them to a local folder.",
+        ),
+    ],
+)
+def test_a_spec_that_names_no_shards_ends_in_one_line(here, spec, message):
+    """What was found, and what to do; a range says which files are missing."""
+    with pytest.raises(ShardError) as error:
+        expand_spec(spec)
+
+    assert str(error.value) == message
+
+
+def test_an_empty_folder_says_so(tmp_path):
+    """A folder without shards is no shard set of length zero."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    with pytest.raises(ShardError, match=r"empty: no shard matches\. Run make shards"):
+        expand_spec(str(folder))
+
+
+def test_a_wrong_name_is_answered_without_a_walk_of_everything(tmp_path):
+    """Hints come from two levels below the folder that the spec begins with, not from all."""
+    deep = tmp_path / "one/two/three"
+    deep.mkdir(parents=True)
+    (deep / "train-000.tar").touch()
+    (tmp_path / "one/train-001.tar").touch()
+
+    with pytest.raises(ShardError) as error:
+        expand_spec(f"{tmp_path}/train-000.tar")
+
+    assert "one/train-001.tar" in str(error.value)
+    assert "three" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-000.tar", "train"),
+        ("data/train-000123.tar", "train"),
+        ("imagenet-train-000123.tar", "imagenet-train"),
+        ("val_01.tar", "val"),
+        ("shard7.tar", "shard"),
+        ("train.tar", "train"),
+        ("00000.tar", "all"),
+    ],
+)
+def test_the_split_is_the_name_without_its_number(name, split):
+    """Also for names that others gave."""
+    assert split_of(name) == split
+
+
+def test_a_shards_manifest_and_staging_folder_stand_beside_it():
+    """Both are found by name alone."""
+    assert manifest_path("data/train-000.tar") == "data/train.json"
+    assert manifest_path("train-000.tar") == "train.json"
+    assert staging_path("data/train.json") == "data/train.partial"
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+file_names = st.integers(0, 999).map(lambda i: f"train-{i:03d}.tar")
+optional_ints = st.none() | st.integers(0, 2**50)
+
+
+@given(
+    dataset=texts,
+    split=texts,
+    shards=st.lists(st.tuples(file_names, st.integers(0, 10**6), optional_ints, st.none() | texts)),
+    class_names=st.lists(texts),
+    source=st.lists(texts),
+    options=st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts),
+)
+def test_a_manifest_reads_back_as_written(
+    tmp_path_factory, dataset, split, shards, class_names, source, options
+):
+    """Every field, with any text in it; shards joined to the manifest's folder."""
+    path = tmp_path_factory.getbasetemp() / "train.json"
+    manifest = Manifest(
+        dataset,
+        split,
+        tuple(Shard(str(path.parent / name), *facts) for name, *facts in shards),
+        tuple(class_names),
+        tuple(source),
+        options,
+    )
+
+    manifest.write(path)
+
+    assert read_manifest(path) == manifest
+
+
+def test_a_manifest_has_the_shape_that_wids_reads(tmp_path):
+    """wids asserts version 1 and reads `url` and `nsamples` of each shard."""
+    path = tmp_path / "train.json"
+    Manifest("mini", "train", (Shard("elsewhere/train-000.tar", 7, 10240, "ab"),), ("x",)).write(
+        path
+    )
+
+    content = json.loads(path.read_text())
+
+    assert content["wids_version"] == 1
+    assert content["shardlist"] == [
+        {"url": "train-000.tar", "nsamples": 7, "filesize": 10240, "sha256": "ab"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"class_names": [], "shardlist": [{"url": "a.tar"}]}',
+        b'{"class_names": [], "shardlist": [{"url": "a.tar", "nsamples": null}]}',
+        b'{"class_names": [], "shardlist": ["a.tar"]}',
+        b'{"shardlist": []}',
+    ],
+)
+def test_what_is_no_manifest_is_refused_in_one_line(tmp_path, content):
+    """Its path, what is wrong, and what to do."""
+    path = tmp_path / "train.json"
+    path.write_bytes(content)
+
+    with pytest.raises(ShardError) as error:
+        read_manifest(path)
+
+    assert str(error.value).startswith(f"{path}: not a manifest of shards (")
+    assert str(error.value).endswith("Write it again with make shards.")
+    assert "\n" not in str(error.value)
+
+
+def test_a_manifest_of_a_newer_version_is_refused(tmp_path):
+    """What a newer version means by its fields is not known here."""
+    manifest = write_shards(tmp_path, [1])
+    manifest.write_text(manifest.read_text().replace("wds_convnext 1", "wds_convnext 2"))
+
+    with pytest.raises(ShardError, match="format 'wds_convnext 2', expected 'wds_convnext 1'"):
+        read_manifest(manifest)
+
+
+def test_the_digest_tells_shard_sets_apart():
+    """Another name, size, checksum or order of shards is another set; another folder is not."""
+    one, two = Shard("a/t-0.tar", 5, 100, "x"), Shard("a/t-1.tar", 5, 100, "y")
+    moved = Shard("b/t-0.tar", 5, 100, "x"), Shard("b/t-1.tar", 5, 100, "y")
+    others = [
+        (two, one),
+        (one,),
+        (one, Shard("a/t-1.tar", 6, 100, "y")),
+        (one, Shard("a/t-1.tar", 5, 101, "y")),
+        (one, Shard("a/t-1.tar", 5, 100, "z")),
+        (one, Shard("a/t-2.tar", 5, 100, "y")),
+    ]
+
+    digests = [ShardSet("d", "t", shards, ()).digest for shards in [(one, two), moved, *others]]
+
+    assert digests[0] == digests[1]
+    assert len(set(digests[1:])) == len(others) + 1
+
+
+def test_an_atomic_write_is_never_seen_half_done(tmp_path):
+    """A reader beside the writer sees one content or the other, whole."""
+    path = tmp_path / "train.json"
+    contents = [b"a" * 300_000, b"b" * 500_000]
+    write_atomically(path, contents[0])
+    seen, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.append(path.read_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for i in range(20):
+        write_atomically(path, contents[i % 2])
+    done.set()
+    watcher.join()
+
+    assert seen
+    assert all(content in contents for content in seen)
+    assert os.listdir(tmp_path) == ["train.json"]

@@ -1,0 +1,573 @@
+"""One stream of batches for any workers, ranks and starts; and what happens to bad samples."""
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import sample_members, write_shards, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wds_convnext.errors import DataError, ShardError, TrainingError
+from wds_convnext.rng import uniform
+from wds_convnext.shards.reader import SampleReader, open_shards
+from wds_convnext.shards.spec import ShardSet
+from wds_convnext.stream.loader import Slots
+from wds_convnext.stream.order import EvalOrder, TrainOrder
+from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
+from wds_convnext.stream.transforms import EvalTransform, TrainTransform
+
+SIZES = [7, 1, 12, 3]  # uneven, one of a single sample; 23 samples in all
+TRAIN = TrainTransform(16, color_jitter=0.4)
+EVAL = EvalTransform(16)
+
+
+@pytest.fixture(scope="module")
+def shard_set(tmp_path_factory) -> ShardSet:
+    """Uneven shards, all whole."""
+    return open_shards(str(write_shards(tmp_path_factory.mktemp("whole"), SIZES)))
+
+
+@pytest.fixture
+def damaged_set(tmp_path) -> ShardSet:
+    """The same shards, but samples 2, 3 and 20 do not decode."""
+    return damage_images(open_shards(str(write_shards(tmp_path, SIZES))), [(0, 2), (0, 3), (3, 0)])
+
+
+def damage_images(shard_set: ShardSet, places: list[tuple[int, int]]) -> ShardSet:
+    """Overwrite the first bytes of some images, in place."""
+    reader = SampleReader(shard_set.shards)
+    for shard, sample in places:
+        where = reader.describe(shard, sample)
+        with open(where["shard"], "r+b") as file:
+            file.seek(where["offset"])
+            file.write(b"no jpeg!")
+    return shard_set
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    """Ends the workers that a failed iteration left to its traceback."""
+    yield
+    for process in workers_of_this_process():
+        process.kill()
+        process.join()
+
+
+def train_order(shard_set: ShardSet, *, global_batch=4, buffer=8, seed=3) -> TrainOrder:
+    return TrainOrder(shard_set.sizes, seed, global_batch, buffer, num_lanes=4)
+
+
+def train_stream(shard_set: ShardSet, *, batch_size=4, start=0, rank=0, world_size=1, **order):
+    return ShardStream(
+        shard_set,
+        train_order(shard_set, **order),
+        batch_size=batch_size,
+        transform=TRAIN,
+        rank=rank,
+        world_size=world_size,
+        start=start,
+    )
+
+
+def eval_stream(shard_set: ShardSet, *, batch_size=4, rank=0, world_size=1) -> ShardStream:
+    return ShardStream(
+        shard_set,
+        EvalOrder(shard_set.sizes),
+        batch_size=batch_size,
+        transform=EVAL,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def take(stream: ShardStream, num_batches: int, *, workers: int = 0) -> list[Batch]:
+    """The first batches of a stream; the loader's processes are gone afterwards."""
+    batches = make_loader(stream, workers=workers)
+    taken = [next(batches) for _ in range(num_batches)]
+    batches.close()
+    return taken
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.is_real, other.is_real)
+        assert one.bad_samples == other.bad_samples
+
+
+def concatenated(batches: list[Batch]) -> Batch:
+    return Batch(
+        *(torch.cat(tensors) for tensors in list(zip(*batches))[:3]),
+        [bad for batch in batches for bad in batch.bad_samples],
+    )
+
+
+def test_a_batch_is_its_orders_samples_transformed(shard_set):
+    """uint8 pixels and labels of the samples that the order names, drawn for (epoch, sample)."""
+    order = train_order(shard_set)
+    reader = SampleReader(shard_set.shards)
+
+    batches = take(train_stream(shard_set), 8)
+
+    for step, batch in enumerate(batches):
+        refs = order.micro_batch(step, batch_size=4, rank=0, world_size=1)
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (4, 3, 16, 16)
+        draws = uniform(order.sample_keys(refs), TRAIN.NUM_DRAWS)
+        for i in range(4):
+            data, label = reader.read(int(refs.shard[i]), int(refs.sample[i]))
+            assert torch.equal(batch.images[i], TRAIN(data, draws[i]))
+            assert batch.labels[i] == label
+        assert batch.is_real.all()
+        assert batch.bad_samples == []
+
+
+def test_augmentation_changes_with_the_epoch(shard_set):
+    """The same sample gets another crop in the next epoch, and the same one when asked again."""
+    stream = train_stream(shard_set, batch_size=23, global_batch=23, buffer=23)
+    numbers = [stream.order.global_batch(step).number for step in range(2)]
+
+    first, second = take(stream, 2)
+
+    again = take(stream, 1)[0]
+    of_first = first.images[np.argsort(numbers[0])]
+    of_second = second.images[np.argsort(numbers[1])]
+    assert torch.equal(again.images, first.images)
+    assert all(not torch.equal(a, b) for a, b in zip(of_first, of_second))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_the_stream_is_the_same_for_any_number_of_workers(damaged_set, workers):
+    """Down to the pixels, over two epochs, bad samples included; more workers than shards too."""
+    straight = take(train_stream(damaged_set), 13)
+
+    assert_same(take(train_stream(damaged_set), 13, workers=workers), straight)
+
+
+def test_a_slow_trainer_sees_the_same_stream(shard_set, monkeypatch):
+    """No worker writes into a slot that has not been copied yet, however long that takes."""
+    straight = take(train_stream(shard_set), 8)
+    images = Slots.images
+
+    def slow_images(slots, worker, slot):
+        if torch.utils.data.get_worker_info() is None:
+            time.sleep(0.1)
+        return images(slots, worker, slot)
+
+    monkeypatch.setattr(Slots, "images", slow_images)
+
+    assert_same(take(train_stream(shard_set), 8, workers=2), straight)
+
+
+def test_the_stream_is_the_same_from_spawned_workers(shard_set, monkeypatch):
+    """As on systems without a safe fork."""
+    monkeypatch.setattr("wds_convnext.stream.loader.START_METHOD", "spawn")
+
+    spawned = take(train_stream(shard_set), 7, workers=2)
+
+    assert_same(spawned, take(train_stream(shard_set), 7))
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize(("start", "accumulate"), [(0, 1), (2, 1), (6, 2)])
+def test_validation_comes_in_its_place_and_changes_nothing(shard_set, workers, start, accumulate):
+    """After each step that is due the whole split, then the training stream goes on."""
+    train = train_stream(shard_set, start=start)
+    stream = ValidatedStream(
+        train, eval_stream(shard_set), accumulate=accumulate, is_due={2, 4}.__contains__
+    )
+    training = take(train, 10 - start)
+    validation = list(make_loader(eval_stream(shard_set), workers=0))
+    expected = []
+    for number, batch in enumerate(training, start + 1):
+        expected += [batch, *(validation if number / accumulate in (2, 4) else [])]
+
+    assert_same(take(stream, len(expected), workers=workers), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("start", [1, 4, 5])
+def test_a_stream_that_starts_later_is_the_tail(shard_set, workers, start):
+    """Resumed at any batch, with any number of workers."""
+    straight = take(train_stream(shard_set), 10)
+
+    tail = take(train_stream(shard_set, start=start), 10 - start, workers=workers)
+
+    assert_same(tail, straight[start:])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_together_load_the_global_batches(damaged_set, world_size, accumulate):
+    """Each a slice; joined in the order of ranks they are one process's batches, to the pixel."""
+    whole = take(train_stream(damaged_set, batch_size=8, global_batch=8), 6)
+    batch_size = 8 // world_size // accumulate
+
+    by_rank = [
+        concatenated_steps(
+            take(
+                train_stream(
+                    damaged_set,
+                    batch_size=batch_size,
+                    global_batch=8,
+                    rank=rank,
+                    world_size=world_size,
+                ),
+                6 * accumulate,
+            ),
+            accumulate,
+        )
+        for rank in range(world_size)
+    ]
+
+    assert_same([concatenated(list(step)) for step in zip(*by_rank)], whole)
+
+
+def concatenated_steps(batches: list[Batch], accumulate: int) -> list[Batch]:
+    return [concatenated(batches[i : i + accumulate]) for i in range(0, len(batches), accumulate)]
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any),
+    batch_size=st.integers(1, 7),
+    buffer=st.integers(1, 40),
+)
+def test_every_sample_comes_once_per_epoch(tmp_path_factory, sizes, batch_size, buffer):
+    """For any shards, batch size and buffer: N batches of B are B epochs of N samples."""
+    shard_set = open_shards(str(write_shards(tmp_path_factory.mktemp("once"), sizes)))
+    num_samples = sum(sizes)
+    order = train_order(shard_set, global_batch=batch_size, buffer=buffer)
+    stream = ShardStream(shard_set, order, batch_size=batch_size, decode=False)
+
+    samples = islice(stream, num_samples * batch_size)
+
+    counts = Counter(sample["__key__"] for sample in samples)
+    assert counts == {f"{i:04d}": batch_size for i in range(num_samples)}
+
+
+@pytest.mark.parametrize("workers", [0, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [4, 23, 30])
+def test_evaluation_sees_every_sample_once(shard_set, workers, world_size, batch_size):
+    """All ranks take the same number of full batches; the padding is not real."""
+    by_rank = [
+        list(
+            make_loader(
+                eval_stream(shard_set, batch_size=batch_size, rank=rank, world_size=world_size),
+                workers=workers,
+            )
+        )
+        for rank in range(world_size)
+    ]
+
+    batches = [batch for step in zip(*by_rank, strict=True) for batch in step]
+    seen = concatenated(batches)
+    assert all(batch.images.shape == (batch_size, 3, 16, 16) for batch in batches)
+    assert seen.is_real.sum() == 23
+    assert seen.labels[seen.is_real].tolist() == [i % 4 for i in range(23)]
+    assert not seen.images[~seen.is_real].any()
+
+
+def test_a_bad_sample_is_replaced_and_listed(damaged_set):
+    """By the next of its shard that decodes; with shard, key, offset, epoch and reason."""
+    order = train_order(damaged_set, global_batch=23, buffer=23)
+    reader = SampleReader(damaged_set.shards)
+    replacement = {2: 4, 3: 4, 20: 21}
+
+    batch = take(train_stream(damaged_set, batch_size=23, global_batch=23, buffer=23), 1)[0]
+
+    numbers = order.global_batch(0).number.tolist()
+    assert batch.labels.tolist() == [replacement.get(n, n) % 4 for n in numbers]
+    assert batch.is_real.all()
+    # Sample 2 is replaced by 4 because 3 does not decode either, so 3 is listed twice.
+    listed = [(Path(bad["shard"]).name, bad["key"]) for bad in batch.bad_samples]
+    assert sorted(listed) == [
+        ("train-000.tar", "0002"),
+        ("train-000.tar", "0003"),
+        ("train-000.tar", "0003"),
+        ("train-003.tar", "0020"),
+    ]
+    for bad in batch.bad_samples:
+        assert bad.keys() == {"shard", "key", "offset", "epoch", "reason"}
+        assert bad["epoch"] == 0
+        assert bad["reason"]
+        assert Path(bad["shard"]).read_bytes()[bad["offset"] :].startswith(b"no jpeg!")
+    assert reader.describe(0, 2)["key"] == "0002"
+
+
+def test_a_replacement_moves_no_other_sample(shard_set, damaged_set):
+    """All other pixels and labels are those of the whole shards."""
+    whole = concatenated(take(train_stream(shard_set), 6))
+
+    damaged = concatenated(take(train_stream(damaged_set), 6))
+
+    numbers = np.concatenate(
+        [train_order(shard_set).global_batch(step).number for step in range(6)]
+    )
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(whole.images, damaged.images)])
+    assert same.tolist() == [number not in (2, 3, 20) for number in numbers]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_a_bad_sample_out(damaged_set, workers):
+    """Nothing takes its place, nor what its memory held: the result is over those that decode."""
+    batches = list(make_loader(eval_stream(damaged_set), workers=workers))
+
+    seen = concatenated(batches)
+    assert not seen.images[~seen.is_real].any()
+    assert seen.labels[seen.is_real].tolist() == [i % 4 for i in range(23) if i not in (2, 3, 20)]
+    assert [bad["key"] for bad in seen.bad_samples] == ["0002", "0003", "0020"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_in_which_nothing_decodes_stops_the_run(tmp_path, workers):
+    """There is no sample of it to take the place of another."""
+    shard_set = open_shards(str(write_shards(tmp_path, [3])))
+    damage_images(shard_set, [(0, 0), (0, 1), (0, 2)])
+
+    with pytest.raises(TrainingError) as error:
+        take(train_stream(shard_set), 1, workers=workers)
+
+    assert f"{shard_set.shards[0].path}: no sample that decodes from " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def relabel(shard_set: ShardSet, label: bytes) -> None:
+    """Give the first sample another label, of one byte."""
+    reader = SampleReader(shard_set.shards)
+    whole = Path(shard_set.shards[0].path).read_bytes()
+    at = int(reader._index(0).label_offset[0])
+    Path(shard_set.shards[0].path).write_bytes(whole[:at] + label + whole[at + 1 :])
+
+
+def cut(shard_set: ShardSet) -> None:
+    os.truncate(shard_set.shards[0].path, 1000)
+
+
+def remove(shard_set: ShardSet) -> None:
+    os.unlink(shard_set.shards[0].path)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("stream", [train_stream, eval_stream])
+@pytest.mark.parametrize(
+    ("damage", "error_class", "message"),
+    [
+        (
+            lambda shard_set: relabel(shard_set, b"9"),
+            ShardError,
+            "{}, key 0000: label 9 is outside the 4 classes. Run make shards again.",
+        ),
+        (
+            lambda shard_set: relabel(shard_set, b"x"),
+            DataError,
+            "{}, key 0000: the label b'x' is not an integer. Labels are class numbers, in .cls "
+            "or in the field 'label' of .json.",
+        ),
+        (
+            cut,
+            ShardError,
+            "{}: 1,000 bytes, but its manifest says 10,240. The shard is cut short or another "
+            "file: copy it again, or run make shards.",
+        ),
+        (remove, ShardError, "{}: No such file or directory. Run make shards."),
+    ],
+)
+def test_an_error_of_a_worker_arrives_as_itself(
+    tmp_path, workers, stream, damage, error_class, message
+):
+    """The exception with its one line, not a worker's traceback in a RuntimeError."""
+    shard_set = open_shards(str(write_shards(tmp_path, [3])))
+    damage(shard_set)
+
+    with pytest.raises(error_class) as error:
+        take(stream(shard_set), 1, workers=workers)
+
+    assert type(error.value) is error_class
+    assert str(error.value) == message.format(shard_set.shards[0].path)
+
+
+def test_batches_before_an_error_are_handed_over(tmp_path):
+    """With several workers too, the error comes in its batch's turn."""
+    shard_set = open_shards(str(write_shards(tmp_path, [8])))
+    where = SampleReader(shard_set.shards).describe(0, 6)
+    with open(where["shard"], "r+b") as file:
+        file.seek(where["offset"] - 512)
+        file.write(bytes(512))
+    batches = make_loader(eval_stream(shard_set, batch_size=2), workers=3)
+
+    labels = [next(batches).labels.tolist() for _ in range(3)]
+
+    assert labels == [[0, 1], [2, 3], [0, 1]]
+    with pytest.raises(ShardError, match="no member of"):
+        next(batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("while_waiting", [True, False])
+def test_a_killed_worker_ends_in_one_line_about_memory(shard_set, victim, while_waiting):
+    """Not in a hang, and at a batch only: never in the middle of the trainer's own work."""
+    batches = make_loader(train_stream(shard_set), workers=2)
+    next(batches)
+    worker = workers_of_this_process()[victim]
+
+    os.kill(worker.pid, signal.SIGKILL)
+    if not while_waiting:
+        worker.join()
+        time.sleep(0.2)  # PyTorch's own handler would raise here
+
+    start = time.monotonic()
+    with pytest.raises(TrainingError, match="A loader worker died .* is memory") as error:
+        for _ in range(20):
+            next(batches)
+    assert time.monotonic() - start < 30
+    assert "\n" not in str(error.value)
+
+
+class Buggy(EvalTransform):
+    """A transform with a programming error."""
+
+    def __call__(self, data, draws=None):
+        raise RuntimeError("a bug")
+
+
+def test_a_bug_in_a_worker_leaves_as_itself(shard_set):
+    """It is not taken for a lack of memory."""
+    order = train_order(shard_set)
+    stream = ShardStream(shard_set, order, batch_size=4, transform=Buggy(16))
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        take(stream, 1, workers=1)
+
+
+UNCAUGHT = """
+import sys
+from test_stream import *
+batches = make_loader(train_stream(open_shards(sys.argv[1])), workers=2)
+next(batches)
+raise SystemError("a bug of the trainer")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_while_workers_run_ends(tmp_path):
+    """Workers ignore SIGTERM, which is how Python ends its children before it waits for them."""
+    manifest = write_shards(tmp_path, SIZES)
+    command = [sys.executable, "-c", UNCAUGHT, str(manifest)]
+
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "SystemError: a bug of the trainer"
+
+
+def workers_of_this_process() -> list[multiprocessing.Process]:
+    return sorted(multiprocessing.active_children(), key=lambda process: process.pid)
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(shard_set):
+    """A signal to the whole process group reaches them too; the trainer decides when to stop."""
+    batches = make_loader(train_stream(shard_set), workers=2)
+    taken = [next(batches)]
+
+    for process in workers_of_this_process():
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(process.pid, signum)
+    taken += [next(batches) for _ in range(6)]
+
+    batches.close()
+    assert_same(taken, take(train_stream(shard_set), 7))
+
+
+def test_a_loader_without_workers_leaves_no_shard_open(shard_set):
+    """However many evaluations a run makes in its own process."""
+    gc.collect()  # what earlier tests left
+    before = len(os.listdir("/dev/fd"))
+
+    for _ in range(3):
+        assert len(list(make_loader(eval_stream(shard_set), workers=0))) == 6
+        take(train_stream(shard_set), 2)
+
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_loader_leaves_no_process_behind(shard_set):
+    """Whether its stream came to its end or was closed before."""
+    for _ in range(3):
+        assert len(list(make_loader(eval_stream(shard_set), workers=2))) == 6
+        take(train_stream(shard_set), 2, workers=2)
+
+    assert workers_of_this_process() == []
+
+
+def samples_by_key(samples) -> dict[str, dict]:
+    """webdataset's dicts, without what says how it opened the file."""
+    return {
+        sample["__key__"]: {k: v for k, v in sample.items() if k != "__local_path__"}
+        for sample in samples
+    }
+
+
+def test_without_decoding_it_is_a_first_stage_of_a_webdataset_pipeline(tmp_path):
+    """The same dicts as plain webdataset reads from the same shards, in this project's order."""
+    for i, size in enumerate([4, 3]):
+        members = sample_members(size, start=10 * i)
+        captions = [(name.replace(".cls", ".txt"), b"a caption") for name, _ in members[1::2]]
+        triples = zip(members[::2], members[1::2], captions)
+        write_tar(tmp_path / f"train-{i:03d}.tar", [m for triple in triples for m in triple])
+    shard_set = open_shards(str(tmp_path))
+    order = train_order(shard_set, global_batch=7, buffer=7)
+    stream = ShardStream(shard_set, order, batch_size=7, decode=False)
+    pipeline = webdataset.DataPipeline(
+        stream, webdataset.map(lambda sample: sample), webdataset.slice(7)
+    )
+
+    ours = list(pipeline)
+
+    theirs = list(webdataset.WebDataset([s.path for s in shard_set.shards], shardshuffle=False))
+    assert samples_by_key(ours) == samples_by_key(theirs)
+    assert len(ours) == 7
+    numbers = order.global_batch(0).number
+    assert [s["__key__"] for s in ours] == [theirs[number]["__key__"] for number in numbers]
+    assert [s["__key__"] for s in ours] != [s["__key__"] for s in theirs]
+
+
+def test_a_webdataset_pipeline_decodes_on_top_of_the_stream(shard_set):
+    """Its own stages after ours: decode to arrays, to tuples, to batches."""
+    stream = ShardStream(shard_set, EvalOrder(shard_set.sizes), batch_size=4, decode=False)
+    pipeline = webdataset.DataPipeline(
+        stream,
+        webdataset.decode("rgb8"),
+        webdataset.to_tuple("jpg", "cls"),
+        webdataset.batched(5),
+    )
+
+    batches = list(pipeline)
+
+    assert [len(labels) for _, labels in batches] == [5, 5, 5, 5, 3]
+    assert np.concatenate([labels for _, labels in batches]).tolist() == [i % 4 for i in range(23)]
+    assert batches[0][0].shape == (5, 20, 24, 3)
+
+
+def test_a_stream_that_decodes_needs_a_transform(shard_set):
+    """Said when it is made, not in a worker."""
+    with pytest.raises(ValueError, match="decoding needs a transform"):
+        ShardStream(shard_set, train_order(shard_set), batch_size=4)

@@ -1,0 +1,68 @@
+"""A sample that does not decode never shifts the stream: replaced, counted, listed, limited."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY_RUN
+from test_cli import call
+from test_resume import assert_same
+
+from wds_convnext.shards.tar import read_sidecar
+from wds_convnext.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def damaged(shards, tmp_path_factory):
+    """The shards with one training image overwritten: shard 2, sample 5, key 000000027."""
+    out = tmp_path_factory.mktemp("damaged") / "data"
+    shutil.copytree(shards, out)
+    member = next(m for m in read_sidecar(out / "train-002.idx")[5] if m.extension == "jpg")
+    with open(out / "train-002.tar", "r+b") as tar:
+        tar.seek(member.offset)
+        tar.write(b"\0" * member.num_bytes)
+    return out
+
+
+def train(capsys, shards, out, *flags, **options):
+    flat = [part for pair in (TINY_RUN | options).items() for part in pair]
+    return call(capsys, "train", "--shards", shards / "train.json", "--out", out, *flags, *flat)
+
+
+def test_a_bad_sample_is_replaced_and_listed_for_any_workers_and_resumes(capsys, damaged, tmp_path):
+    """Once per epoch, with shard, key, offset and reason; weights do not depend on workers."""
+    allowed = {"--max-bad-samples": 0.05}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train(capsys, damaged, straight, **allowed)[0] == 0
+    for workers, steps in ((2, 4), (1, 11), (0, 1000)):
+        options = allowed | {"--workers": workers, "--max-steps": steps}
+        assert train(capsys, damaged, broken, "--resume", **options)[0] == 0
+
+    lines = (straight / "bad_samples.jsonl").read_text()
+    listed = [json.loads(line) for line in lines.splitlines()]
+    assert [line["epoch"] for line in listed] == [0, 1, 2, 3]
+    assert {line["key"] for line in listed} == {"000000027"}
+    assert all(line["shard"].endswith("train-002.tar") and line["offset"] for line in listed)
+    assert all(line["reason"] for line in listed)
+    assert (broken / "bad_samples.jsonl").read_text() == lines
+    one, two = (load_checkpoint(out / "last.pt") for out in (straight, broken))
+    assert_same(one["model"], two["model"])
+    assert_same(one["optimizer"], two["optimizer"])
+
+
+def test_too_many_bad_samples_stop_the_run(capsys, damaged, tmp_path):
+    """One of 50 is over the default's tenth of a percent: one line, exit code 2."""
+    code, _, err = train(capsys, damaged, tmp_path / "run")
+
+    assert code == 2
+    assert "more than --max-bad-samples 0.001 of 50 allows" in err
+    assert "train-002.tar, key 000000027" in err
+
+
+def test_shards_can_be_checked_before_a_run(capsys, damaged, tmp_path):
+    """--check-shards compares checksums: the damaged shard is named, and no folder is made."""
+    code, _, err = train(capsys, damaged, tmp_path / "run", "--check-shards")
+
+    assert code == 2
+    assert "train-002.tar: its SHA-256 is" in err
+    assert not (tmp_path / "run").exists()

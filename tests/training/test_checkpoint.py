@@ -1,0 +1,295 @@
+"""A checkpoint is whole and reads back to the last bit, or it is refused with one line."""
+
+import os
+import random
+import resource
+import signal
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wds_convnext.errors import CheckpointError
+from wds_convnext.training.checkpoint import (
+    link_checkpoint,
+    load_checkpoint,
+    load_newest,
+    prune_steps,
+    save_checkpoint,
+    step_checkpoints,
+)
+
+
+def content(step: int = 7) -> dict:
+    """What a run saves: tensors of every kind, numbers, text, nothing, nested."""
+    return {
+        "model": OrderedDict(weight=torch.randn(3, 5), count=torch.tensor(4), empty=torch.empty(0)),
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0, dtype=torch.float64)}}, "groups": []},
+        "half": torch.arange(4, dtype=torch.bfloat16),
+        "ema": None,
+        "step": step,
+        "facts": {"model": "convnext_base", "class_names": ["ant", "Bär"], "lr": 4e-3, "amp": True},
+    }
+
+
+def tensors(saved: dict) -> dict[str, torch.Tensor]:
+    return {**saved["model"], **saved["optimizer"]["state"][0], "half": saved["half"]}
+
+
+def save_steps(folder: Path, steps: list[int]) -> None:
+    """Checkpoints as a run leaves them: one per step, and `last.pt` as another name of the last."""
+    for step in steps:
+        save_checkpoint(folder / f"step-{step:09d}.pt", content(step))
+    link_checkpoint(folder / f"step-{steps[-1]:09d}.pt", folder / "last.pt")
+
+
+def damage(path: Path) -> None:
+    """Flip one bit in the middle of a file, in place, so under every name that it has."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_checkpoint_reads_back_as_saved(tmp_path):
+    """Every tensor's bits and dtype, every number, every key."""
+    saved = content()
+    path = tmp_path / "last.pt"
+
+    save_checkpoint(path, saved)
+    loaded = load_checkpoint(path)
+
+    assert loaded.pop("format") == 1
+    assert loaded.keys() == saved.keys()
+    for name, tensor in tensors(saved).items():
+        assert tensors(loaded)[name].dtype == tensor.dtype, name
+        assert torch.equal(tensors(loaded)[name], tensor), name
+    assert loaded["facts"] == saved["facts"]
+    assert (loaded["ema"], loaded["step"]) == (None, 7)
+    assert type(loaded["model"]) is OrderedDict
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_plain_torch_load_reads_the_file(tmp_path, weights_only):
+    """Without this package: the line with the checksum stands after the end of the archive."""
+    saved = content()
+    save_checkpoint(tmp_path / "last.pt", saved)
+
+    loaded = torch.load(tmp_path / "last.pt", weights_only=weights_only)
+
+    assert torch.equal(loaded["model"]["weight"], saved["model"]["weight"])
+    assert loaded["facts"] == saved["facts"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "last.pt"
+    save_checkpoint(path, content())
+    return path.read_bytes()
+
+
+def refused(path: Path, data: bytes) -> bool:
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    message = str(error.value)
+    return message.startswith(f"{path}: damaged, or no checkpoint") and "\n" not in message
+
+
+@given(data=st.data())
+def test_any_flipped_bit_is_refused(tmp_path_factory, whole, data):
+    """Wherever it is: in a tensor, in the archive's directory, in the checksum itself."""
+    path = tmp_path_factory.getbasetemp() / "flipped.pt"
+    position = data.draw(st.integers(0, len(whole) - 1))
+    damaged = bytearray(whole)
+    damaged[position] ^= 1 << data.draw(st.integers(0, 7))
+
+    assert refused(path, bytes(damaged))
+
+
+@given(data=st.data())
+def test_any_missing_or_added_bytes_are_refused(tmp_path_factory, whole, data):
+    """Cut anywhere, a stretch lost in the middle, something appended."""
+    path = tmp_path_factory.getbasetemp() / "missing.pt"
+    first = data.draw(st.integers(0, len(whole) - 1))
+    last = data.draw(st.integers(first + 1, len(whole)))
+
+    assert refused(path, whole[:first])
+    assert refused(path, whole[:first] + whole[last:])
+    assert refused(path, whole + whole[first:last])
+
+
+@pytest.mark.parametrize("data", [b"", b"\nsha256:", b"hello", bytes(1000)])
+def test_what_is_no_checkpoint_is_refused(tmp_path, data):
+    """Also where it is shorter than a checksum."""
+    assert refused(tmp_path / "last.pt", data)
+
+
+def test_a_plain_state_dict_is_sent_to_init_from(tmp_path):
+    """It is readable, but nothing says that it is whole or what it belongs to."""
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pth")
+
+    with pytest.raises(CheckpointError, match="plain state dicts go to --init-from"):
+        load_checkpoint(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gone.pt", "gone.pt: No such file or directory. Give a run folder or a .pt file."),
+        ("", ": Is a directory. Give a run folder or a .pt file."),
+    ],
+)
+def test_a_missing_checkpoint_is_named(tmp_path, name, message):
+    """With what could be given in its place."""
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / name)
+
+    assert str(error.value) == f"{tmp_path / name}{message.removeprefix(name)}"
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    """A later version may mean other things by the same keys."""
+    save_checkpoint(tmp_path / "last.pt", content() | {"format": 2})
+
+    with pytest.raises(CheckpointError, match="last.pt: format 2, expected 1."):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    """Only tensors and plain values are read, from whomever the file is."""
+    save_checkpoint(tmp_path / "last.pt", {"random": random.Random(0)})
+
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "last.pt")
+
+    assert str(error.value).startswith(f"{tmp_path / 'last.pt'}: ")
+    assert "\n" not in str(error.value)
+
+
+@contextmanager
+def full_disk(num_bytes: int):
+    """Within this context no file can grow over so many bytes: the write fails with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("room", [0, 100, 50_000, 399_999, 401_000])
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, room):
+    """At its beginning, in a tensor, in the directory of the archive; no temporary file stays."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, content(1))
+    big = {"weight": torch.zeros(100_000)}
+
+    with full_disk(room), pytest.raises(CheckpointError) as error:
+        save_checkpoint(path, big)
+
+    assert str(error.value).startswith(f"{path}: cannot be written (")
+    assert str(error.value).endswith("Free some space.")
+    assert "\n" not in str(error.value)
+    assert load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_folder_that_is_gone_is_an_error_of_ours(tmp_path):
+    """A run whose folder was deleted ends in one line."""
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_checkpoint(tmp_path / "gone/last.pt", content())
+
+
+def test_saving_over_a_linked_checkpoint_leaves_the_other_name(tmp_path):
+    """`best.pt` may be a second name of a step's file; a new one does not change that file."""
+    save_steps(tmp_path, [5])
+    link_checkpoint(tmp_path / "step-000000005.pt", tmp_path / "best.pt")
+
+    save_checkpoint(tmp_path / "best.pt", content(6))
+    link_checkpoint(tmp_path / "best.pt", tmp_path / "last.pt")
+
+    assert load_checkpoint(tmp_path / "step-000000005.pt")["step"] == 5
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 6
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 6
+    assert (tmp_path / "best.pt").stat().st_ino == (tmp_path / "last.pt").stat().st_ino
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    """By step; `last.pt`, `best.pt` and files of other names stay."""
+    save_steps(tmp_path, [5, 10, 100, 20])
+    others = ["best.pt", "step-5.pt.tmp", "step-abc.pt", "metrics.jsonl"]
+    for name in others:
+        (tmp_path / name).touch()
+
+    prune_steps(tmp_path, keep=2)
+
+    assert [p.name for p in step_checkpoints(tmp_path)] == [
+        "step-000000100.pt",
+        "step-000000020.pt",
+    ]
+    assert all((tmp_path / name).exists() for name in [*others, "last.pt"])
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5])
+def test_keeping_none_or_more_than_there_are_works(tmp_path, keep):
+    """`last.pt` alone is left, or all."""
+    save_steps(tmp_path, [5, 10])
+
+    prune_steps(tmp_path, keep=keep)
+
+    assert len(step_checkpoints(tmp_path)) == min(keep, 2)
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("damaged", "step", "num_warnings"),
+    [
+        ([], 30, 0),
+        (["step-000000030.pt"], 20, 2),
+        (["step-000000030.pt", "step-000000020.pt"], 10, 3),
+        (["step-000000010.pt"], 30, 0),
+    ],
+)
+def test_the_newest_whole_checkpoint_is_used(tmp_path, damaged, step, num_warnings):
+    """Damaged ones are passed over, each with a warning of one line that names it."""
+    save_steps(tmp_path, [10, 20, 30])
+    for name in damaged:
+        damage(tmp_path / name)
+    warnings = []
+
+    loaded = load_newest(tmp_path, warn=warnings.append)
+
+    assert loaded["step"] == step
+    assert len(warnings) == num_warnings
+    assert all(w.endswith("Trying the one before it.") and "\n" not in w for w in warnings)
+
+
+def test_without_last_the_newest_step_is_used(tmp_path):
+    """A kill between the two names leaves only the step's."""
+    save_steps(tmp_path, [10, 20])
+    (tmp_path / "last.pt").unlink()
+
+    assert load_newest(tmp_path, warn=pytest.fail)["step"] == 20
+
+
+def test_without_a_whole_checkpoint_it_says_how_to_start_afresh(tmp_path):
+    """After a warning for each that there is."""
+    save_steps(tmp_path, [10])
+    damage(tmp_path / "last.pt")
+    warnings = []
+
+    with pytest.raises(CheckpointError) as error:
+        load_newest(tmp_path, warn=warnings.append)
+
+    assert str(error.value) == (
+        f"{tmp_path}: holds no whole checkpoint to resume from. "
+        "Start afresh with --overwrite, or in another folder with --out."
+    )
+    assert len(warnings) == 2

@@ -1,0 +1,342 @@
+"""Models by name, starting weights that fit or are refused, and the average of the weights."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.training.checkpoint import save_checkpoint
+from wds_convnext.training.model import WeightAverage, check_image_size, create_model, init_from
+
+HEAD = ["head.fc.weight", "head.fc.bias"]
+
+
+def make(name="test_convnext", *, num_classes=4, seed=0) -> nn.Module:
+    """A model whose weights depend on the seed."""
+    torch.manual_seed(seed)
+    return create_model(name, num_classes=num_classes)
+
+
+def assert_same_weights(one: dict, other: dict, *, without=()) -> None:
+    assert one.keys() == other.keys()
+    for name in one.keys() - set(without):
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_a_model_has_the_classes_asked_for():
+    """And fresh weights that depend on torch's seed alone."""
+    images = torch.randn(2, 3, 32, 32)
+
+    logits = make(num_classes=7)(images)
+
+    assert logits.shape == (2, 7)
+    assert torch.equal(logits, make(num_classes=7)(images))
+    assert not torch.equal(logits, make(num_classes=7, seed=1)(images))
+
+
+def test_stochastic_depth_rises_to_the_rate_asked_for():
+    """Linearly over the blocks; none where the rate is 0."""
+    model = create_model("convnext_atto", num_classes=2, drop_path_rate=0.2)
+
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(0.2)
+    assert not any(type(m).__name__ == "DropPath" for m in make().modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("convnext_bsae", "convnext_base"),
+        ("convnext-atto", "convnext_atto"),
+        ("resnet_50", "resnet50"),
+    ],
+)
+def test_an_unknown_model_names_the_nearest(name, suggestion):
+    """In one line, with the option that named it."""
+    with pytest.raises(UsageError) as error:
+        create_model(name, num_classes=2)
+
+    assert str(error.value).startswith(f"--model {name}: timm has no such model. Did you mean ")
+    assert suggestion in str(error.value)
+
+
+def test_a_model_without_stochastic_depth_says_so():
+    """Rather than train without what was asked for."""
+    with pytest.raises(UsageError, match="--model vgg11: does not take --drop-path-rate 0.2"):
+        create_model("vgg11", num_classes=2, drop_path_rate=0.2)
+
+
+def test_an_image_size_that_a_model_cannot_take_is_found_at_once():
+    """A vision transformer takes the one it was made for; a convolutional network is lenient."""
+    with pytest.raises(UsageError, match="--image-size 31: the model cannot take it"):
+        check_image_size(make("test_vit"), 31)
+    check_image_size(make("test_vit"), 160)
+    check_image_size(make(), 64)
+
+
+def test_the_same_head_is_loaded_whole(tmp_path):
+    """Every tensor, and it says so."""
+    path = str(tmp_path / "weights.pth")
+    source, model = make(seed=1), make(seed=2)
+    torch.save(source.state_dict(), path)
+
+    note = init_from(model, path)
+
+    assert_same_weights(model.state_dict(), source.state_dict())
+    num_tensors = len(source.state_dict())
+    assert note == f"Started from {path}: {num_tensors} of {num_tensors} tensors."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_convnext",
+        "test_resnet",
+        "test_vit",
+        "test_efficientnet",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_a_head_of_another_size_is_left_fresh_and_said_so(tmp_path, name):
+    """All the rest is loaded; whatever the head is called, and where there are two."""
+    path = str(tmp_path / "weights.pth")
+    source, model = make(name, num_classes=9, seed=1), make(name, seed=2)
+    before = copy.deepcopy(model.state_dict())
+    torch.save(source.state_dict(), path)
+
+    note = init_from(model, path)
+
+    own, theirs = model.state_dict(), source.state_dict()
+    head = [key for key in own if own[key].shape != theirs[key].shape]
+    assert head
+    assert all(torch.equal(own[key], before[key]) for key in head)
+    assert_same_weights(own, theirs, without=head)
+    assert note == (
+        f"Started from {path}: {len(own) - len(head)} of {len(own)} tensors; "
+        f"left fresh, being of another size: {', '.join(head)}."
+    )
+
+
+def test_weights_without_a_head_are_loaded(tmp_path):
+    """As self-supervised training leaves them."""
+    path = str(tmp_path / "weights.pth")
+    weights = {k: v for k, v in make(seed=1).state_dict().items() if k not in HEAD}
+    torch.save(weights, path)
+    model = make(seed=2)
+
+    note = init_from(model, path)
+
+    assert note.endswith(f"left fresh, being of another size: {', '.join(HEAD)}.")
+    assert all(torch.equal(model.state_dict()[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("wrapped_as", [None, "model", "state_dict", "model_state_dict"])
+def test_wrappers_around_weights_are_taken_off(tmp_path, prefix, wrapped_as):
+    """torch.compile's and DistributedDataParallel's prefixes in any order, and usual nestings."""
+    path = str(tmp_path / "weights.pth")
+    source, model = make(seed=1), make(seed=2)
+    weights = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save({wrapped_as: weights, "epoch": 3} if wrapped_as else weights, path)
+
+    init_from(model, path)
+
+    assert_same_weights(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_a_checkpoint_of_ours_gives_its_average(tmp_path, name):
+    """The averaged parameters, and the buffers of the model, which are not averaged."""
+    path = str(tmp_path / "best.pt")
+    source, model = make(name, seed=1), make(name, seed=2)
+    average = WeightAverage(source, decay=0.5)
+    with torch.no_grad():
+        for tensor in source.state_dict().values():
+            tensor.add_(1)
+    save_checkpoint(path, {"model": source.state_dict(), "ema": average.state_dict(), "step": 3})
+
+    init_from(model, path)
+
+    assert_same_weights(model.state_dict(), source.state_dict() | average.state_dict())
+
+
+def test_safetensors_are_read(tmp_path):
+    """The format of timm's weights on the Hugging Face hub."""
+    path = str(tmp_path / "model.safetensors")
+    source, model = make(seed=1), make(seed=2)
+    save_file(source.state_dict(), path)
+
+    init_from(model, path)
+
+    assert_same_weights(model.state_dict(), source.state_dict())
+
+
+def deeper() -> dict:
+    """The model's own tensors, and those of one block more."""
+    extra = {"stages.3.blocks.9.gamma": torch.ones(64)}
+    return make(seed=1).state_dict() | extra
+
+
+def narrower() -> dict:
+    weights = make(seed=1).state_dict()
+    return weights | {"stem.0.weight": weights["stem.0.weight"][:3]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (lambda: make("test_resnet").state_dict(), "(expected "),
+        (deeper, "first stages.3.blocks.9.gamma (expected none, found (64,))"),
+        (narrower, "first stem.0.weight (expected "),
+        (dict, "first stem.0.weight (expected "),
+        (lambda: {"epoch": 3}, "first stem.0.weight (expected "),
+        (lambda: {3: torch.ones(1)}, "first stem.0.weight (expected "),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path, weights, reason):
+    """Also of a deeper one, whose first blocks would fit; nothing is loaded then."""
+    path = str(tmp_path / "weights.pth")
+    torch.save(weights(), path)
+    model = make(seed=2)
+    before = copy.deepcopy(model.state_dict())
+
+    with pytest.raises(CheckpointError) as error:
+        init_from(model, path)
+
+    assert str(error.value).startswith(f"--init-from {path}: weights of another model: ")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+    assert_same_weights(model.state_dict(), before)
+
+
+@settings(max_examples=40)
+@given(content=st.binary(max_size=60), extension=st.sampled_from(["pth", "safetensors"]))
+def test_garbage_is_refused_in_one_line(tmp_path_factory, content, extension):
+    """Whatever the bytes make the unpickler raise."""
+    assert_refused(tmp_path_factory.getbasetemp() / f"garbage.{extension}", content)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello world", b"\x80\x02.", b"PK\x03\x04", b"}", b"((("]
+)
+@pytest.mark.parametrize("extension", ["pt", "safetensors"])
+def test_what_is_no_state_dict_is_refused(tmp_path, content, extension):
+    """An empty file, text, half a pickle, half an archive."""
+    assert_refused(tmp_path / f"garbage.{extension}", content)
+
+
+def assert_refused(path, content: bytes) -> None:
+    path.write_bytes(content)
+
+    with pytest.raises(CheckpointError) as error:
+        init_from(nn.Identity(), str(path))
+
+    assert str(error.value).startswith(f"--init-from {path}: not a readable state dict (")
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_or_a_missing_file_is_refused(tmp_path):
+    """With what was found."""
+    torch.save([1, 2], tmp_path / "list.pt")
+
+    with pytest.raises(CheckpointError, match="holds a list, no state dict"):
+        init_from(make(), str(tmp_path / "list.pt"))
+    with pytest.raises(CheckpointError, match="gone.pt: no such file. Give a timm state dict."):
+        init_from(make(), str(tmp_path / "gone.pt"))
+
+
+def tiny_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def step_away(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_the_average_follows_its_formula(decay):
+    """average = decay * average + (1 - decay) * weights, from the first weights on; in float64."""
+    model = tiny_model()
+    average = WeightAverage(model, decay=decay)
+    expected = {k: v.detach().double() for k, v in model.named_parameters()}
+
+    for _ in range(20):
+        step_away(model)
+        average.update(frozen=torch.tensor(False))
+        for name, parameter in model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+
+    assert average.state_dict().keys() == expected.keys()
+    for name, value in average.state_dict().items():
+        # 20 steps, each rounding numbers below 16 to float32.
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=20 * 2**-20)
+
+
+def test_a_frozen_average_stays_to_the_bit():
+    """From the step on whose loss was not finite nothing changes."""
+    model = tiny_model()
+    average = WeightAverage(model, decay=0.9)
+    before = copy.deepcopy(average.state_dict())
+    step_away(model)
+
+    average.update(frozen=torch.tensor(True))
+
+    assert_same_weights(average.state_dict(), before)
+
+
+def test_an_update_reads_nothing_from_the_device():
+    """A read of `frozen` would make the host wait in every step."""
+    with FakeTensorMode():
+        model = nn.Linear(3, 4)
+        average = WeightAverage(model, decay=0.9)
+        frozen = torch.zeros((), dtype=torch.bool)
+
+        average.update(frozen=frozen)
+
+        assert average.state_dict()["weight"].shape == (4, 3)
+
+
+def test_applied_computes_with_the_average_and_puts_the_weights_back():
+    """Both to the bit, also after an error; buffers stay the model's."""
+    model = tiny_model()
+    average = WeightAverage(model, decay=0.9)
+    step_away(model)
+    weights = copy.deepcopy(model.state_dict())
+    averaged = copy.deepcopy(average.state_dict())
+
+    with pytest.raises(KeyError), average.applied():
+        inside = copy.deepcopy(model.state_dict())
+        raise KeyError
+
+    assert_same_weights(inside, weights | averaged)
+    assert_same_weights(model.state_dict(), weights)
+    assert_same_weights(average.state_dict(), averaged)
+    assert not torch.equal(averaged["0.weight"], weights["0.weight"])
+
+
+def test_an_average_is_restored_from_its_state():
+    """Another one of the same model goes on as if it were the first."""
+    model = tiny_model()
+    average = WeightAverage(model, decay=0.9)
+    step_away(model)
+    average.update(frozen=torch.tensor(False))
+    restored = WeightAverage(model, decay=0.9)
+
+    restored.load_state_dict(copy.deepcopy(average.state_dict()))
+    for each in (average, restored):
+        each.update(frozen=torch.tensor(False))
+
+    assert_same_weights(restored.state_dict(), average.state_dict())

@@ -1,0 +1,294 @@
+"""Loaders side by side on the same images: images/s, CPU per image, memory, time to first batch.
+
+    python tools/bench/bench_loader.py PARQUET --rounds 7 --workers 2 --json loaders.json
+    python tools/bench/bench_loader.py PARQUET --photo-size 32x32 --image-size 32 --measure 60000
+    python tools/bench/bench_loader.py PARQUET --photo-size 4000x3000 --images 400 --batch-size 16
+    python tools/bench/bench_loader.py PARQUET --loaders all
+
+PARQUET is a folder in mini-imagenet's layout; its training images are repeated until there are
+--images, or so many are taken evenly. --photo-size brings each to one size before any format is
+made: by a resize, or where it is larger than a photograph as a mosaic of whole ones. Every format
+is written once, under --work, in a folder for this source, number and size.
+
+Every loader does RandomResizedCrop and a flip and gives batches; uint8 except where the peer's
+documented way is float. Each measurement is a process of its own, begins after a warm-up and meets
+no end of an epoch; it must take seconds (--measure), as batches are made ahead. Rounds go through
+all loaders in turn, so that a drift of the machine's speed hits all of them. "ours is" is our
+images/s over the row's, taken round by round: the median, then the lowest and highest. Memory is
+the peak proportional set size of the process tree.
+
+A loader that fails, or whose library is missing, is left out with the reason. DALI comes with
+`pip install .[bench]`. FFCV is not in that extra, as it compiles against system libraries:
+`apt install libopencv-dev libturbojpeg0-dev pkg-config`, then `pip install ffcv`.
+
+What is not equal. FFCV writes JPEGs again at quality 90 (62 kB instead of 110), so there is "ours
+on ffcv jpegs", the same bytes in our shards; it decodes with libjpeg's fast DCT (up to 12 of 255
+off) where all others use the exact one, and shrinks by box filter (antialiased). Batches of FFCV
+and DALI lie in memory that they use again, ours are copied out of it. webdataset shuffles within
+1,000 samples per worker and draws shards with replacement, DALI shuffles within 1,024; the others
+shuffle everything. Article, image folder and webdataset's recipe make float batches, four times the
+bytes. FFCV and DALI use --workers threads, the others as many processes. All files are in the
+system's cache: disks are not measured, nor is the copy to a GPU.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+from bench_formats import prepare, write_photos
+from bench_peers import LOADERS, Setting
+
+from wds_convnext.check.measure import measure_loader
+from wds_convnext.errors import DataError, WdsConvnextError, did_you_mean
+
+LIBRARIES = (
+    *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "pyarrow", "webdataset"),
+    *("ffcv", "numba", "opencv-python", "nvidia-dali-cuda130", "wds-convnext"),
+)
+Results = dict[str, list[dict]]  # by loader, one LoaderCost for each round
+
+
+def measure(name: str, setting: Setting, *, num_images: int) -> dict:
+    """One loader in this process: after a warm-up, its rate, CPU time and memory."""
+    cost = measure_loader(
+        LOADERS[name].batches(setting),
+        batch_size=setting.batch_size,
+        num_images=num_images,
+        warmup_batches=8 + 4 * setting.workers,
+    )
+    return asdict(cost)
+
+
+def measure_apart(name: str, *, timeout_s: float) -> dict:
+    """The same in a process of its own, started with this one's arguments.
+
+    Raises:
+        DataError: why there is no result, in one line.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+        try:
+            exit_code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise DataError(f"no result after {timeout_s:.0f} s") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers are endless
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        if exit_code == 0:
+            return json.loads(out.read().splitlines()[-1])
+        complaints = err.read().split("\n")
+        reason = next((line for line in reversed(complaints) if line.strip()), "")
+        raise DataError(reason if exit_code > 0 else f"ended by signal {-exit_code}: {reason}")
+
+
+def measure_and_exit(name: str, setting: Setting, *, num_images: int) -> None:
+    """Print the result, or why there is none; do not wait for workers, which are endless."""
+    try:
+        print(json.dumps(measure(name, setting, num_images=num_images)), flush=True)
+    except Exception as error:  # peers raise nearly every type
+        print(one_line(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and message; of a traceback within the message, its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, WdsConvnextError):
+        return " ".join(lines)
+    return ": ".join([type(error).__name__, *lines[:1], *lines[1:][-1:]])
+
+
+def formats_folder(work: Path, source: Path, *, num_images: int, photo_size) -> Path:
+    """Where the formats of this data set are: another folder for other images, number or size."""
+    files = [(str(file), file.stat()) for file in sorted(source.resolve().glob("*.parquet"))]
+    facts = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    size = "x".join(map(str, photo_size)) if photo_size else "as-they-are"
+    return work / f"{source.resolve().name}-{digest}-{num_images}-{size}"
+
+
+def prepare_all(names: list[str], formats: Path, write) -> dict[str, str]:
+    """Write what these loaders read; why the loaders whose format fails are left out."""
+    prepare("photos", formats, write)
+    failures = {}
+    for name in names:
+        try:
+            prepare(LOADERS[name].format, formats)
+        except Exception as error:
+            failures[name] = one_line(error)
+            echo(f"{name} is left out: {failures[name]}")
+    return failures
+
+
+def run_rounds(names: list[str], failures: dict[str, str], *, rounds: int, timeout_s) -> Results:
+    """Measure all loaders in turn, again and again; those that fail move to `failures`."""
+    results: Results = {name: [] for name in names if name not in failures}
+    started, num_done = time.monotonic(), 0
+    for number in range(1, rounds + 1):
+        for name in list(results):
+            try:
+                cost = measure_apart(name, timeout_s=timeout_s)
+            except DataError as error:
+                failures[name] = str(error)
+                del results[name]
+                echo(f"{name} is left out: {error}")
+                continue
+            results[name].append(cost)
+            num_done += 1
+            num_left = sum(rounds - len(costs) for costs in results.values())
+            left_s = (time.monotonic() - started) / num_done * num_left
+            rate = f"{cost['images_per_s']:,.0f} images/s"
+            echo(f"round {number} of {rounds}, {name}: {rate}; {left_s:,.0f} s left")
+    return results
+
+
+def echo(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def summarise(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def summarise_loader(name: str, results: Results) -> dict:
+    """Medians over the rounds, and our images/s over this loader's; None: not measurable here."""
+    rounds = results[name]
+    summary = {"images_per_s": summarise([cost["images_per_s"] for cost in rounds])}
+    for field in ("cpu_ms_per_image", "peak_pss_mib", "first_batch_s"):
+        values = [cost[field] for cost in rounds if cost[field] is not None]
+        summary[field] = statistics.median(values) if values else None
+    summary["ours_is"] = {
+        mine: summarise(
+            [a["images_per_s"] / b["images_per_s"] for a, b in zip(results[mine], rounds)]
+        )
+        for mine in LOADERS[name].against
+        if mine in results
+    }
+    return summary | {"rounds": rounds}
+
+
+def report(summaries: dict[str, dict]) -> None:
+    """A row per loader; one more where it is compared with a second of ours."""
+    titles = f"{'CPU ms':>9}{'PSS MiB':>9}{'first s':>9}"
+    click.echo(f"{'loader':26}{'images/s':>22}{'ours is':>20}{titles}")
+    for name, summary in summaries.items():
+        ratios = [(mine, spread(r, 2, "x")) for mine, r in summary["ours_is"].items()]
+        rate = spread(summary["images_per_s"], 0)
+        costs = [
+            f"{'n/a' if summary[field] is None else format(summary[field], f',.{digits}f'):>9}"
+            for field, digits in (
+                ("cpu_ms_per_image", 2),
+                ("peak_pss_mib", 0),
+                ("first_batch_s", 2),
+            )
+        ]
+        first = ratios[0][1] if ratios else ""
+        click.echo(f"{name:26}{rate:>22}{first:>20}{''.join(costs)}")
+        for mine, ratio in ratios[1:]:
+            click.echo(f"{'  against ' + mine:48}{ratio:>20}")
+
+
+def spread(values: dict[str, float], digits: int, unit: str = "") -> str:
+    median, lowest, highest = (f"{value:,.{digits}f}" for value in values.values())
+    return f"{median}{unit} ({lowest}-{highest})"
+
+
+def find_versions() -> dict[str, str | None]:
+    """The libraries' versions; None for those that are not installed."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return versions
+
+
+def parse_loaders(_, __, value: str) -> list[str]:
+    names = list(LOADERS) if value == "all" else [name.strip() for name in value.split(",")]
+    for name in names:
+        if name not in LOADERS:
+            raise click.BadParameter(f"no loader {name!r}.{did_you_mean(name, LOADERS)}")
+    return list(dict.fromkeys(names))
+
+
+def parse_size(_, __, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    width, _, height = value.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, as 4000x3000.")
+    return int(width), int(height)
+
+
+COUNT = click.IntRange(min=1)
+DEFAULT_LOADERS = ",".join(name for name, loader in LOADERS.items() if loader.by_default)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("parquet", type=FOLDER)
+@click.option("--work", default="bench-loader", type=click.Path(path_type=Path), show_default=True)
+@click.option("--images", default=3000, type=COUNT, show_default=True, help="In the data set.")
+@click.option("--photo-size", callback=parse_size, metavar="WxH", help="Default: as they are.")
+@click.option("--image-size", default=224, type=COUNT, show_default=True, help="Of the batches.")
+@click.option("--batch-size", default=64, type=COUNT, show_default=True)
+@click.option(
+    "--measure", "measured", default=3000, type=COUNT, show_default=True, help="Per round."
+)
+@click.option("--rounds", default=7, type=COUNT, show_default=True)
+@click.option("--workers", default=2, type=click.IntRange(min=0), show_default=True)
+@click.option("--loaders", default=DEFAULT_LOADERS, callback=parse_loaders, show_default=True)
+@click.option("--timeout", "timeout_s", default=600, type=COUNT, show_default=True, help="Seconds.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.option("--one", hidden=True, help="Measure this loader, in this process.")
+def main(parquet, work, images, photo_size, image_size, batch_size, **options) -> None:
+    """Measure loaders on the images of PARQUET. --loaders all adds colour jitter."""
+    formats = formats_folder(work, parquet, num_images=images, photo_size=photo_size)
+    setting = Setting(formats, images, options["workers"], batch_size, image_size)
+    if options["one"]:
+        measure_and_exit(options["one"], setting, num_images=options["measured"])
+    write = partial(write_photos, parquet, images, photo_size)
+    try:
+        failures = prepare_all(options["loaders"], formats, write)
+        timeout_s = options["timeout_s"]
+        results = run_rounds(
+            options["loaders"], failures, rounds=options["rounds"], timeout_s=timeout_s
+        )
+    except (WdsConvnextError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if not results:
+        raise click.ClickException("every loader was left out.")
+    summaries = {name: summarise_loader(name, results) for name in results}
+    report(summaries)
+    if options["json_path"]:
+        facts = {
+            "options": asdict(setting) | {"photo_size": photo_size, "source": parquet} | options,
+            "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+            "versions": find_versions(),
+            "left_out": failures,
+            "loaders": summaries,
+        }
+        options["json_path"].write_text(json.dumps(facts, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

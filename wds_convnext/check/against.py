@@ -1,0 +1,219 @@
+"""Proof that shards hold their parquet input: every row, once, with the same bytes and label.
+
+A sample's key is its row's number in the split, so shards are compared with the input in any
+order. Of every image 64 bits of its SHA-256 are kept, of both sides: 60 bytes a sample in all.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from wds_convnext.check.problems import Problem, shorten
+from wds_convnext.check.splits import ShardSplit
+from wds_convnext.conversion.conversion import unit_edges
+from wds_convnext.conversion.parquet import ParquetSplit, find_splits, open_split
+from wds_convnext.conversion.rows import UNLABELLED, read_rows
+from wds_convnext.errors import DataError, ShardError, UsageError
+from wds_convnext.pool import Progress, Workers
+from wds_convnext.shards.imagecheck import inspect_image
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import Shard
+from wds_convnext.shards.tar import read_samples
+
+_ROW_KEY = re.compile(r"\d{9}|[1-9]\d{9,17}", re.ASCII)
+_NO_ROW = -1
+
+DIGEST = np.dtype([("row", np.int64), ("image", np.uint64), ("label", np.int32)])
+
+
+def find_inputs(source: str, splits: list[ShardSplit]) -> dict[str, ParquetSplit]:
+    """The parquet input of each split of shards that has a manifest.
+
+    Raises:
+        UsageError: if a split was not converted, is named in part, or has no files in the source.
+    """
+    files = find_splits(source)
+    inputs = {}
+    for split in splits:
+        if split.manifest_error or split.is_interrupted:
+            continue  # a problem already
+        if split.manifest is None:
+            raise UsageError(f"{split.manifest_path}: no manifest, so not made from parquet files.")
+        if not split.is_whole:
+            raise UsageError(f"--against compares whole splits. Name {split.manifest_path}.")
+        if split.name not in files:
+            raise UsageError(
+                f"--against {source}: holds the splits {', '.join(files)}, not {split.name}. "
+                "Name the folder that was converted, or fewer shards."
+            )
+        image, label = split.manifest.options.get("columns", (None, None))
+        inputs[split.name] = open_split(split.name, files[split.name], image=image, label=label)
+    return inputs
+
+
+def splits_without_shards(source: str, splits: list[ShardSplit]) -> dict[str, int]:
+    """The splits of the input that are not among those of the shards, and their rows, if any."""
+    there = {split.name for split in splits}
+    rows = {
+        name: sum(pq.read_metadata(path).num_rows for path in paths)
+        for name, paths in find_splits(source).items()
+        if name not in there
+    }
+    return {name: num_rows for name, num_rows in rows.items() if num_rows}
+
+
+def compare_with_input(
+    split: ShardSplit, source: ParquetSplit, *, workers: Workers, quiet: bool = False
+) -> tuple[list[Problem], list[str]]:
+    """What differs between the shards of a split and its input, and notes on rows left out.
+
+    Shards that are missing or cannot be read hold nothing here.
+    """
+    names = split.manifest.class_names
+    stated = source.parts[0].columns.class_names
+    if stated not in (None, names):
+        what = f"its class names are not those of {source.parts[0].path}. Run make shards"
+        return [Problem(split.manifest_path, what)], []
+    left_out = [row for row in _rows_left_out(split) if row in range(source.num_rows)]
+
+    paths = [path for path in split.present if path in split.listed]
+    tasks = [DigestShard(split.listed[path], split.manifest.label_field) for path in paths]
+    progress = Progress(f"{split.name}: shards", num_images=source.num_rows, quiet=quiet)
+    found = workers.run(digest_shard, tasks, progress=progress)
+
+    edges = unit_edges(source)
+    tasks = [
+        DigestRows(source, names, start, stop, frozenset(r for r in left_out if start <= r < stop))
+        for start, stop in zip(edges, edges[1:])
+    ]
+    progress = Progress(f"{split.name}: input", num_images=source.num_rows, quiet=quiet)
+    records = workers.run(digest_rows, tasks, progress=progress)
+    expected = np.concatenate([np.zeros(0, DIGEST), *(digests for digests, _ in records)])
+    usable = [row for _, rows in records for row in rows]
+    del records
+
+    problems = shorten(
+        [
+            Problem(str(_listing(split)), f"leaves out {_where(source, row)}, which is usable")
+            for row in usable
+        ]
+    )
+    seen = np.zeros(source.num_rows, np.int32)
+    for path, digests in zip(paths, found):
+        problems += shorten(list(_differences(path, digests, expected, seen, source)))
+    missing = np.setdiff1d(np.flatnonzero(seen == 0), left_out)
+    if len(missing):
+        first = _where(source, missing[0])
+        what = f"{len(missing):,} rows of the input are in no shard, the first is {first}"
+        problems.append(Problem(split.manifest_path, what))
+    notes = [f"{len(left_out):,} unusable rows were left out: {_listing(split)}"] * bool(left_out)
+    return problems, notes
+
+
+def _differences(path, digests, expected, seen, source) -> Iterator[Problem]:
+    """Compare one shard's samples with their rows; counts them in `seen`."""
+    for row, image, label in digests.tolist():
+        if not 0 <= row < len(expected):
+            where = "a key that is no number" if row == _NO_ROW else f"key {row:09d}"
+            yield Problem(path, f"{where}: no row of the input, which has {len(expected):,}")
+            continue
+        key = f"key {row:09d}"
+        seen[row] += 1
+        if seen[row] > 1:
+            yield Problem(path, f"{key}: comes {seen[row]} times")
+        if image != expected["image"][row]:
+            yield Problem(path, f"{key}: its image is not that of {_where(source, row)}")
+        if label != expected["label"][row]:
+            stated = expected["label"][row]
+            yield Problem(path, f"{key}: label {label}, but {stated} in {_where(source, row)}")
+
+
+def _where(source: ParquetSplit, row: int) -> str:
+    path, row_in_file = source.locate(int(row))
+    return f"row {row_in_file} of {Path(path).name}"
+
+
+def _listing(split: ShardSplit) -> Path:
+    return Path(split.manifest_path).with_suffix(".bad.jsonl")
+
+
+def _rows_left_out(split: ShardSplit) -> list[int]:
+    """The rows that the conversion could not use, as it listed them."""
+    if not _listing(split).exists():
+        return []
+    try:
+        return [json.loads(line)["row"] for line in _listing(split).read_text().splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{_listing(split)}: not a list of rows ({error}).") from None
+
+
+@dataclass(frozen=True)
+class DigestShard:
+    """A shard whose samples are to be digested."""
+
+    shard: Shard
+    label_field: str
+
+
+def digest_shard(task: DigestShard, count: Callable[[int, int], None]) -> np.ndarray:
+    """Row, image digest and label of each sample, DIGEST; nothing if the shard is broken."""
+    digests = []
+    try:
+        samples = read_samples(task.shard.path)
+        shard = Shard(task.shard.path, len(samples))
+        with closing(SampleReader((shard,), label_field=task.label_field)) as reader:
+            for sample, members in enumerate(samples):
+                image, label = reader.read(0, sample)
+                digests.append((_row_of(members[0].key), digest_image(image), label))
+                count(1, len(image))
+    except (ShardError, DataError):  # the check of the shard itself has reported it
+        pass
+    return np.array(digests, dtype=DIGEST)
+
+
+def _row_of(key: str) -> int:
+    return int(key) if _ROW_KEY.fullmatch(key) else _NO_ROW
+
+
+def digest_image(data) -> int:
+    """64 bits of the SHA-256 of encoded bytes."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+@dataclass(frozen=True)
+class DigestRows:
+    """A range of the input's rows that are to be digested; `left_out` are to be checked."""
+
+    source: ParquetSplit
+    class_names: tuple[str, ...]
+    start: int
+    stop: int
+    left_out: frozenset[int]
+
+
+def digest_rows(task: DigestRows, count: Callable[[int, int], None]) -> tuple[np.ndarray, list]:
+    """Row, image digest and label of each row, DIGEST, and the rows left out that are usable."""
+    digests, usable = [], []
+    for batch in read_rows(task.source, task.class_names, task.start, task.stop):
+        rows = range(batch.first_row, batch.first_row + len(batch.images))
+        for row, image, label in zip(rows, batch.images, batch.labels.tolist()):
+            digests.append((row, digest_image(image or b""), label))
+            if row in task.left_out and _is_usable(image, label):
+                usable.append(row)
+        count(len(batch.images), sum(len(image or b"") for image in batch.images))
+    return np.array(digests, dtype=DIGEST), usable
+
+
+def _is_usable(image, label: int) -> bool:
+    try:
+        inspect_image(image or b"", decode=True)
+    except DataError:
+        return False
+    return label != UNLABELLED

@@ -1,0 +1,205 @@
+"""Manifest and sidecars for shards that others made, so that training starts at once and checks."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wds_convnext.check.splits import (
+    MAX_CLASSES,
+    ShardSplit,
+    find_duplicate_keys,
+    find_shard_splits,
+    hash_keys,
+)
+from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
+from wds_convnext.pool import Progress, Workers
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import Manifest, Shard, write_atomically
+from wds_convnext.shards.tar import format_sidecar, index_samples, sidecar_path, walk_tar
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """The manifests that were written, by path."""
+
+    manifests: dict[str, Manifest]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = []
+        for path, manifest in self.manifests.items():
+            num_samples = sum(shard.num_samples for shard in manifest.shards)
+            num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+            lines.append(
+                f"{path}: {num_samples:,} samples, {len(manifest.class_names)} classes, "
+                f"{len(manifest.shards)} shards, {num_bytes / 1e6:,.1f} MB"
+            )
+        first = next(iter(self.manifests))
+        return "\n".join(
+            [*lines, f"{self.seconds:.1f} s", f"next: wds-convnext train --shards {first}"]
+        )
+
+    def to_json(self) -> dict:
+        return {
+            path: {
+                "num_samples": sum(shard.num_samples for shard in manifest.shards),
+                "num_shards": len(manifest.shards),
+                "num_classes": len(manifest.class_names),
+            }
+            for path, manifest in self.manifests.items()
+        }
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """What the manifest needs to know of a shard."""
+
+    shard: Shard
+    key_hashes: np.ndarray
+    highest_label: int
+    label_extension: str
+
+
+def index_shards(
+    spec: str,
+    *,
+    label_field: str = "label",
+    class_names: tuple[str, ...] | None = None,
+    jobs: int = 1,
+    quiet: bool = False,
+) -> IndexReport:
+    """Write a sidecar beside each shard and a manifest for each split that a spec names.
+
+    The shards themselves are left as they are. Sidecars that are there must fit.
+
+    Args:
+        label_field: where the class number stands in .json members; the manifest notes it.
+        class_names: by class number. Default: the numbers.
+    Raises:
+        ShardError: if a shard is damaged, a key comes twice, a sample lacks its image or label,
+            or a sidecar says otherwise than its shard.
+        DataError: if a label is no class number.
+        UsageError: if a manifest is there already, or there are more classes than names.
+    """
+    started = time.monotonic()
+    splits = find_shard_splits(spec)
+    for split in splits:
+        if os.path.exists(split.manifest_path):
+            raise UsageError(
+                f"{split.manifest_path}: is there already. Check the shards against it with "
+                "wds-convnext verify; to index them anew, move it away."
+            )
+        absent = sorted(set(split.paths) - set(split.present))
+        if absent or split.is_interrupted:
+            raise ShardError(
+                f"{', '.join(absent[:5]) or split.manifest_path}: missing. An index of what is "
+                "left would make the loss look complete: copy or write the shards again."
+            )
+    try:
+        with Workers(jobs) as workers:
+            indexed = [_index_split(split, label_field, workers, quiet) for split in splits]
+        names = _name_classes([shard for shards in indexed for shard in shards], class_names)
+        manifests = {
+            split.manifest_path: _make_manifest(split, shards, label_field, names)
+            for split, shards in zip(splits, indexed)
+        }
+        for path, manifest in manifests.items():
+            manifest.write(path)
+    except OSError as error:
+        raise WdsConvnextError(f"{error.filename}: {error.strerror}.") from None
+    return IndexReport(manifests, time.monotonic() - started)
+
+
+def read_class_names(path: str) -> tuple[str, ...]:
+    """The class names in a text file, one per line, the first for label 0.
+
+    Raises:
+        UsageError: if it cannot be read, or a line is empty.
+    """
+    try:
+        names = tuple(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--class-names {path}: not a readable text file ({error}).") from None
+    if not all(names):
+        raise UsageError(f"--class-names {path}: line {names.index('') + 1} is empty.")
+    return names
+
+
+def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[IndexedShard]:
+    progress = Progress(f"{split.name}: index", num_images=0, quiet=quiet)
+    tasks = [(path, label_field) for path in split.paths]
+    indexed = workers.run(index_shard, tasks, progress=progress)
+    repeated = find_duplicate_keys(list(split.paths), [shard.key_hashes for shard in indexed])
+    if repeated:
+        key, where = repeated[0]
+        raise ShardError(
+            f"{where[1]}: the key {key} is also in {where[0]}. Keys must be unique in a split: "
+            "write the shards again with other keys."
+        )
+    return indexed
+
+
+def _name_classes(indexed: list[IndexedShard], class_names) -> tuple[str, ...]:
+    """The given names, or a number for each class, over all splits."""
+    num_classes = 1 + max((shard.highest_label for shard in indexed), default=-1)
+    if class_names is None:
+        return tuple(map(str, range(num_classes)))
+    if len(class_names) < num_classes:
+        raise UsageError(
+            f"--class-names: {len(class_names)} names, but labels up to {num_classes - 1}. "
+            "Give one name per line, the first for label 0."
+        )
+    return class_names
+
+
+def _make_manifest(split: ShardSplit, indexed, label_field: str, class_names) -> Manifest:
+    uses_json = any(shard.label_extension == "json" for shard in indexed)
+    return Manifest(
+        dataset=Path(split.manifest_path).absolute().parent.name,
+        split=split.name,
+        shards=tuple(shard.shard for shard in indexed),
+        class_names=class_names,
+        options={"label_field": label_field} if uses_json else {},
+    )
+
+
+def index_shard(task: tuple[str, str], count: Callable[[int, int], None]) -> IndexedShard:
+    """Check a shard (path, label field), and write its sidecar."""
+    path, label_field = task
+    samples = list(walk_tar(path))
+    index = index_samples(path, samples)
+    _write_sidecar(path, format_sidecar(samples))
+    shard = Shard(path, len(samples))
+    highest = -1
+    with closing(SampleReader((shard,), label_field=label_field)) as reader:
+        for sample in range(len(samples)):
+            label = reader.read_label(0, sample)
+            if label not in range(MAX_CLASSES):
+                key = reader.describe(0, sample)["key"]
+                raise DataError(
+                    f"{path}, key {key}: label {label}; expected a class number from 0. "
+                    "Name another field with --label-field."
+                )
+            highest = max(highest, label)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    num_bytes = os.path.getsize(path)
+    count(len(samples), num_bytes)
+    shard = Shard(path, len(samples), num_bytes, sha256)
+    return IndexedShard(shard, hash_keys(samples), highest, index.label_extension)
+
+
+def _write_sidecar(path: str, content: bytes) -> None:
+    sidecar = sidecar_path(path)
+    if not os.path.exists(sidecar):
+        write_atomically(sidecar, content)
+    elif Path(sidecar).read_bytes() != content:
+        raise ShardError(
+            f"{sidecar}: says otherwise than a walk of the tar. Move it away; it is then written."
+        )

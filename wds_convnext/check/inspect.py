@@ -1,0 +1,249 @@
+"""What a data set holds: counts, classes, image sizes and formats, and how well it will be mixed.
+
+Every image's header is read and its end looked for, at the speed of the disk; nothing is decoded.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from wds_convnext.check.labelmix import LabelMix, measure_label_mix
+from wds_convnext.check.parquetinfo import ParquetSummary, summarise_parquet
+from wds_convnext.check.sheet import draw_sheet
+from wds_convnext.check.splits import MAX_CLASSES, ShardSplit, find_shard_splits
+from wds_convnext.conversion.conversion import is_held_out
+from wds_convnext.conversion.parquet import find_splits
+from wds_convnext.errors import DataError, ShardError, UsageError
+from wds_convnext.pool import Progress, Workers
+from wds_convnext.shards.imagecheck import ImageSurvey, inspect_image
+from wds_convnext.shards.reader import SampleReader, check_size
+from wds_convnext.shards.spec import Shard, ShardSet
+from wds_convnext.shards.tar import read_samples
+
+_MAX_CLASS_LINES = 20
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the shards of one split hold. `label_mix` is None for a split that is not trained on."""
+
+    shard_set: ShardSet
+    class_counts: np.ndarray  # int64 (num_classes,)
+    image_bytes: np.ndarray  # int32 (num_samples,), of the encoded images
+    survey: ImageSurvey
+    unusable: Counter
+    label_mix: LabelMix | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shard_set.shards)
+
+    def lines(self) -> list[str]:
+        """The summary as text."""
+        shards, sizes = self.shard_set, self.shard_set.sizes
+        head = (
+            f"{shards.split}: {shards.num_samples:,} samples, {shards.num_classes} classes, "
+            f"{len(sizes)} shard{'s' * (len(sizes) != 1)}, {self.num_bytes / 1e6:,.1f} MB"
+        )
+        lines = [f"samples per shard: {_range_of(sizes)}", *self._image_lines()]
+        lines += self._class_lines()
+        if self.label_mix is not None:
+            lines += self.label_mix.lines()
+        return [head, *(f"  {line}" for line in lines)]
+
+    def _image_lines(self) -> list[str]:
+        found = [
+            ("formats", self.survey.formats),
+            ("modes", self.survey.modes),
+            ("unusual", self.survey.unusual),
+            ("unusable", self.unusable),
+        ]
+        lines = [
+            f"{name}: " + ", ".join(f"{value} {number:,}" for value, number in counts.most_common())
+            for name, counts in found
+            if counts
+        ]
+        if self.survey.formats:
+            lines.append(f"pixels: {self.survey.describe_sizes()}")
+        return [*lines, f"bytes per image: {_range_of(self.image_bytes)}"]
+
+    def _class_lines(self) -> list[str]:
+        names, counts = self.shard_set.class_names, self.class_counts
+        lines = [f"samples per class: {_range_of(counts)}"]
+        if len(names) <= _MAX_CLASS_LINES:
+            shown = range(len(names))
+        else:
+            by_count = np.argsort(-counts, kind="stable")
+            half = _MAX_CLASS_LINES // 2
+            shown = [*by_count[:half], *by_count[-half:]]
+            lines[0] += f"; the {half} largest and the {half} smallest:"
+        width = max((len(names[i]) for i in shown), default=0)
+        longest = max(1, counts.max(initial=0))
+        return lines + [
+            f"  {names[i]:<{width}}  {counts[i]:>9,}  {'#' * round(30 * counts[i] / longest)}"
+            for i in shown
+        ]
+
+    def to_json(self) -> dict:
+        shards = self.shard_set
+        return {
+            "kind": "shards",
+            "dataset": shards.dataset,
+            "split": shards.split,
+            "num_samples": shards.num_samples,
+            "num_bytes": self.num_bytes,
+            "shards": [
+                {"path": shard.path, "num_samples": shard.num_samples, "num_bytes": shard.num_bytes}
+                for shard in shards.shards
+            ],
+            "class_names": list(shards.class_names),
+            "class_counts": self.class_counts.tolist(),
+            "images": self.survey.to_json(),
+            "bytes_per_image": _percentiles(self.image_bytes),
+            "unusable": dict(self.unusable),
+            "label_mix": self.label_mix and self.label_mix.to_json(),
+        }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, int]:
+    names = {"smallest": 0, "median": 50, "p95": 95, "largest": 100}
+    found = np.percentile(values, list(names.values())) if len(values) else np.zeros(4)
+    return {name: round(value) for name, value in zip(names, found.tolist())}
+
+
+def _range_of(values: np.ndarray) -> str:
+    found = _percentiles(values)
+    return f"{found['smallest']:,} to {found['largest']:,}, median {found['median']:,}"
+
+
+def inspect(
+    spec: str,
+    *,
+    sheet: str | None = None,
+    batch_size: int = 160,
+    shuffle_buffer: int = 100_000,
+    seed: int = 0,
+    ranks: int = 1,
+    jobs: int = 1,
+    quiet: bool = False,
+) -> list[ShardSummary | ParquetSummary]:
+    """Describe each split of shards, with or without a manifest, or of parquet files.
+
+    Args:
+        spec: shards as for training; a folder stands for all splits in it. Or parquet files: a
+            folder of them, a glob, a file.
+        sheet: where to draw a contact sheet, a PNG file.
+        batch_size, shuffle_buffer, seed, ranks: of the training whose label mix is wanted.
+    Raises:
+        ShardError: if the spec names nothing, or a shard is missing or damaged.
+        DataError: if a label is no class number.
+        UsageError: if a sheet of several splits, or of parquet files, is asked for.
+    """
+    if _names_parquet(spec):
+        if sheet is not None:
+            raise UsageError("--sheet is drawn from shards. Run make shards first.")
+        return [summarise_parquet(name, paths) for name, paths in find_splits(spec).items()]
+    splits = find_shard_splits(spec)
+    if sheet is not None and len(splits) > 1:
+        names = ", ".join(split.name for split in splits)
+        raise UsageError(f"--sheet shows one split, and there are {names}. Name one.")
+    summaries = []
+    with Workers(jobs) as workers:
+        for split in splits:
+            shard_set, surveys = _survey(split, workers, quiet)
+            labels = np.concatenate([survey.labels for survey in surveys])
+            mix = None
+            if len(labels) and not is_held_out(split.name):
+                mix = measure_label_mix(
+                    labels,
+                    shard_set.sizes,
+                    batch_size=batch_size,
+                    shuffle_buffer=shuffle_buffer,
+                    seed=seed,
+                    world_size=ranks,
+                )
+            summaries.append(_summarise(shard_set, surveys, labels, mix))
+            if sheet is not None:
+                draw_sheet(shard_set, labels, sheet)
+    return summaries
+
+
+def _names_parquet(spec: str) -> bool:
+    if not os.path.isdir(spec):
+        return spec.endswith(".parquet")
+    return not any(Path(spec).glob("*.tar")) and any(Path(spec).glob("**/*.parquet"))
+
+
+@dataclass(frozen=True)
+class ShardSurvey:
+    """What was found in one shard."""
+
+    shard: Shard
+    labels: np.ndarray
+    image_bytes: np.ndarray
+    images: ImageSurvey = field(default_factory=ImageSurvey)
+    unusable: Counter = field(default_factory=Counter)
+
+
+def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[ShardSet, list[ShardSurvey]]:
+    """Look at every sample of a split; class names are numbers where no manifest has them."""
+    if split.manifest_error:
+        raise split.manifest_error
+    if not split.paths:
+        raise ShardError(f"{split.manifest_path}: names no shard. Run make shards.")
+    manifest, listed = split.manifest, split.listed
+    field_name = manifest.label_field if manifest else "label"
+    tasks = [(listed.get(path, Shard(path, 0)), field_name) for path in split.paths]
+    num_images = sum(shard.num_samples for shard, _ in tasks)
+    progress = Progress(f"{split.name}: inspect", num_images=num_images, quiet=quiet)
+    surveys = workers.run(survey_shard, tasks, progress=progress)
+    shards = tuple(survey.shard for survey in surveys)
+    if manifest:
+        names = manifest.class_names
+        return ShardSet(manifest.dataset, split.name, shards, names, field_name), surveys
+    highest = max((int(survey.labels.max(initial=-1)) for survey in surveys), default=-1)
+    folder = Path(split.manifest_path).absolute().parent.name
+    return ShardSet(folder, split.name, shards, tuple(map(str, range(highest + 1)))), surveys
+
+
+def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> ShardSurvey:
+    """Look at the header and the label of each sample of a shard (shard, label field)."""
+    stated, label_field = task
+    check_size(stated)
+    num_samples = len(read_samples(stated.path))
+    shard = Shard(stated.path, num_samples, os.path.getsize(stated.path))
+    labels, image_bytes = np.zeros((2, num_samples), np.int32)
+    survey = ShardSurvey(shard, labels, image_bytes)
+    with closing(SampleReader((shard,), label_field=label_field)) as reader:
+        for sample in range(num_samples):
+            data, label = reader.read(0, sample)
+            if label not in range(MAX_CLASSES):
+                key = reader.describe(0, sample)["key"]
+                raise DataError(f"{shard.path}, key {key}: label {label} is no class number.")
+            labels[sample], image_bytes[sample] = label, len(data)
+            try:
+                survey.images.add(inspect_image(data))
+            except DataError as error:
+                survey.unusable[str(error)] += 1
+            count(1, len(data))
+    return survey
+
+
+def _summarise(shard_set, surveys, labels, label_mix) -> ShardSummary:
+    images, unusable = ImageSurvey(), Counter()
+    for survey in surveys:
+        images.merge(survey.images.to_json())
+        unusable += survey.unusable
+    counts = np.bincount(labels, minlength=shard_set.num_classes)
+    if len(counts) > shard_set.num_classes:
+        raise DataError(
+            f"{shard_set.shards[0].path}: a label of {len(counts) - 1}, but the manifest names "
+            f"{shard_set.num_classes} classes. wds-convnext verify finds the sample."
+        )
+    image_bytes = np.concatenate([survey.image_bytes for survey in surveys])
+    return ShardSummary(shard_set, counts, image_bytes, images, unusable, label_mix)

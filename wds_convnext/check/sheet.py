@@ -1,0 +1,70 @@
+"""A contact sheet: a row of pictures for each class, so that wrong labels meet the eye."""
+
+import os
+from contextlib import closing
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from wds_convnext.errors import DataError, UsageError
+from wds_convnext.shards.decode import decode_rgb
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import ShardSet
+
+_CELL = 96  # pixels
+_NAME_WIDTH = 180
+_PER_CLASS = 10
+_MAX_CLASSES = 100
+_BACKGROUND, _INK, _UNUSABLE = "white", "black", "firebrick"
+
+
+def draw_sheet(shard_set: ShardSet, labels: np.ndarray, path: str | os.PathLike) -> None:
+    """Write a PNG of up to 10 pictures of each of up to 100 classes, both spread evenly.
+
+    A picture that does not decode is a red square.
+
+    Args:
+        labels: of every sample in stored order.
+    Raises:
+        UsageError: if the file cannot be written.
+    """
+    classes = _spread(np.arange(shard_set.num_classes), _MAX_CLASSES)
+    width = _NAME_WIDTH + _PER_CLASS * _CELL
+    sheet = Image.new("RGB", (width, max(1, len(classes)) * _CELL), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    ends = np.cumsum(shard_set.sizes)
+    with closing(SampleReader(shard_set.shards, label_field=shard_set.label_field)) as reader:
+        for row, label in enumerate(classes.tolist()):
+            name = _fit(shard_set.class_names[label], font)
+            draw.text((4, row * _CELL + _CELL // 2), name, _INK, font, anchor="lm")
+            numbers = _spread(np.flatnonzero(labels == label), _PER_CLASS)
+            shards = np.searchsorted(ends, numbers, side="right")
+            samples = numbers - (ends - shard_set.sizes)[shards]
+            for column, place in enumerate(zip(shards.tolist(), samples.tolist())):
+                corner = _NAME_WIDTH + column * _CELL, row * _CELL
+                sheet.paste(_thumbnail(reader.read(*place)[0]), corner)
+    try:
+        sheet.save(path, "PNG")
+    except OSError as error:
+        raise UsageError(f"--sheet {path}: {error.strerror or error}.") from None
+
+
+def _spread(values: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the values, evenly spread."""
+    return values[np.arange(min(most, len(values))) * len(values) // max(1, min(most, len(values)))]
+
+
+def _fit(name: str, font) -> str:
+    """The name, cut to the width of its column."""
+    while font.getlength(name) > _NAME_WIDTH - 8:
+        name = name[:-2].rstrip("…") + "…"
+    return name
+
+
+def _thumbnail(data: bytes) -> Image.Image:
+    try:
+        picture = Image.fromarray(np.ascontiguousarray(decode_rgb(data)))
+    except DataError:
+        return Image.new("RGB", (_CELL, _CELL), _UNUSABLE)
+    return ImageOps.pad(picture, (_CELL, _CELL), color=_BACKGROUND)

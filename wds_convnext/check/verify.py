@@ -1,0 +1,291 @@
+"""Whether shards are what their manifest says, and hold what their parquet input holds.
+
+A tar file carries no checksum over its data, so nothing else would notice a flipped bit. What is
+found is listed and does not stop the search; the report is empty only if everything fits.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from wds_convnext.check.against import compare_with_input, find_inputs, splits_without_shards
+from wds_convnext.check.problems import Problem, shorten
+from wds_convnext.check.splits import (
+    MAX_CLASSES,
+    ShardSplit,
+    find_duplicate_keys,
+    find_shard_splits,
+    hash_keys,
+)
+from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.errors import DataError, ShardError, WdsConvnextError
+from wds_convnext.pool import Progress, Workers
+from wds_convnext.shards.decode import decode_rgb
+from wds_convnext.shards.reader import SampleReader, check_sha256, check_size
+from wds_convnext.shards.spec import Shard
+from wds_convnext.shards.tar import Member, format_sidecar, sidecar_path, walk_tar
+
+
+@dataclass(frozen=True)
+class SplitVerdict:
+    """What was checked of one split and found wrong. `notes` say what could not be checked."""
+
+    split: str
+    num_shards: int
+    num_samples: int
+    num_bytes: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        found = len(self.problems)
+        verdict = f"{found} problem{'s' * (found != 1)}" if found else "no problem found"
+        head = (
+            f"{self.split}: {self.num_samples:,} samples, "
+            f"{self.num_shards} shard{'s' * (self.num_shards != 1)}, "
+            f"{self.num_bytes / 1e6:,.1f} MB: {verdict}"
+        )
+        return [head, *(f"  {line}" for line in (*map(str, self.problems), *self.notes))]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found in every split."""
+
+    splits: tuple[SplitVerdict, ...]
+    seconds: float
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return tuple(problem for split in self.splits for problem in split.problems)
+
+    def __str__(self) -> str:
+        lines = [line for split in self.splits for line in split.lines()]
+        return "\n".join([*lines, f"{self.seconds:.1f} s"])
+
+    def to_json(self) -> dict:
+        splits = [
+            vars(split) | {"problems": [problem._asdict() for problem in split.problems]}
+            for split in self.splits
+        ]
+        return {"ok": not self.problems, "splits": splits, "seconds": round(self.seconds, 1)}
+
+
+def verify(
+    spec: str,
+    *,
+    deep: bool = False,
+    against: str | None = None,
+    jobs: int = 1,
+    quiet: bool = False,
+) -> VerifyReport:
+    """Compare shards with their manifests, their sidecars and, if given, their input.
+
+    Checked are: every listed shard is there, its size, SHA-256 and number of samples; that its
+    sidecar equals a walk of the tar; that keys are unique over the split, and labels are classes.
+    Memory: 8 bytes a sample, with `against` 60.
+
+    Args:
+        spec: as for training; a folder stands for all splits in it.
+        deep: also decode every image.
+        against: the parquet input, as it was given to the conversion: also check that each of its
+            rows is there, once, with the same bytes and label.
+        jobs: processes.
+    Raises:
+        ShardError: if the spec names nothing.
+        UsageError: if `against` names no input of these splits.
+    """
+    started = time.monotonic()
+    splits = find_shard_splits(spec)
+    inputs = find_inputs(against, splits) if against else {}
+    with Workers(jobs) as workers:
+        verdicts = [
+            _verify_split(split, inputs.get(split.name), deep=deep, workers=workers, quiet=quiet)
+            for split in splits
+        ]
+    if against and os.path.isdir(spec):
+        for name, num_rows in splits_without_shards(against, splits).items():
+            problem = Problem(
+                os.path.join(spec, f"{name}.json"),
+                f"missing, and {against} has {num_rows:,} rows of this split",
+            )
+            verdicts.append(SplitVerdict(name, 0, 0, 0, (problem,), ()))
+    return VerifyReport(tuple(verdicts), time.monotonic() - started)
+
+
+def _verify_split(
+    split: ShardSplit, source: ParquetSplit | None, *, deep: bool, workers: Workers, quiet: bool
+) -> SplitVerdict:
+    problems, notes = _compare_listing(split)
+    tasks = [_task(split, path, deep) for path in _checkable(split)]
+    num_images = sum(task.shard.num_samples for task in tasks)
+    progress = Progress(f"{split.name}: verify", num_images=num_images, quiet=quiet)
+    findings = workers.run(check_shard, tasks, progress=progress)
+    problems += [problem for finding in findings for problem in finding.problems]
+    problems += _repeated_keys([task.shard.path for task in tasks], findings)
+    if source is not None:
+        more_problems, more_notes = compare_with_input(split, source, workers=workers, quiet=quiet)
+        problems, notes = problems + more_problems, notes + more_notes
+    return SplitVerdict(
+        split=split.name,
+        num_shards=len(tasks),
+        num_samples=sum(finding.num_samples for finding in findings),
+        num_bytes=sum(finding.num_bytes for finding in findings),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _compare_listing(split: ShardSplit) -> tuple[list[Problem], list[str]]:
+    """Problems and notes of a manifest as such: shards that it lists and shards that are there."""
+    if split.manifest_error:
+        return [Problem.of(split.manifest_path, split.manifest_error)], []
+    problems, notes = [], []
+    if split.is_interrupted:
+        what = "none, and the conversion was interrupted. Run the same make shards again"
+        problems.append(Problem(split.manifest_path, what))
+    elif split.manifest is None:
+        notes.append("no manifest, so sizes and checksums were not compared (wds-convnext index)")
+    listed = split.listed
+    problems += [
+        Problem(path, "missing. Copy it again, or run make shards")
+        for path in sorted({*listed, *split.paths} - set(split.present))
+        if not os.path.isfile(path)
+    ]
+    if split.manifest:
+        if len(listed) < len(split.manifest.shards):
+            problems.append(Problem(split.manifest_path, "lists a shard twice. Run make shards"))
+        problems += [
+            Problem(path, f"not listed in {split.manifest_path}. Move it away")
+            for path in split.paths
+            if path not in listed
+        ]
+        if not split.is_whole:
+            unnamed = len(listed.keys() - set(split.paths))
+            notes.append(f"{unnamed} more shards of the manifest were not named, nor checked")
+    return problems, notes
+
+
+def _checkable(split: ShardSplit) -> list[str]:
+    return [path for path in split.present if not split.manifest or path in split.listed]
+
+
+@dataclass(frozen=True)
+class CheckShard:
+    """A shard to check. Without a manifest only `shard.path` counts."""
+
+    shard: Shard
+    is_listed: bool
+    num_classes: int
+    label_field: str
+    deep: bool
+
+
+@dataclass(frozen=True)
+class ShardFindings:
+    """What was found in one shard."""
+
+    num_bytes: int
+    num_samples: int = 0
+    key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    problems: tuple[Problem, ...] = ()
+
+
+def _task(split: ShardSplit, path: str, deep: bool) -> CheckShard:
+    manifest = split.manifest
+    if manifest is None:
+        return CheckShard(Shard(path, 0), False, MAX_CLASSES, "label", deep)
+    return CheckShard(
+        split.listed[path], True, len(manifest.class_names), manifest.label_field, deep
+    )
+
+
+def check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFindings:
+    """Everything that one shard can be checked for without the others."""
+    path = task.shard.path
+    problems = []
+    num_bytes = os.path.getsize(path)
+    try:
+        check_size(task.shard)
+        check_sha256(task.shard)
+        count(0, num_bytes)
+    except ShardError as error:
+        problems.append(Problem.of(path, error))
+    except OSError as error:
+        problems.append(Problem(path, f"not readable ({error.strerror})"))
+    try:
+        samples = list(walk_tar(path))
+    except ShardError as error:
+        problems.append(Problem.of(path, error))
+        return ShardFindings(num_bytes, problems=tuple(problems))
+    if task.is_listed and len(samples) != task.shard.num_samples:
+        stated = task.shard.num_samples
+        problems.append(Problem(path, f"{len(samples)} samples, but its manifest says {stated}"))
+    problems += _compare_sidecar(path, samples)
+    problems += shorten(list(_check_samples(task, len(samples), count)))
+    return ShardFindings(num_bytes, len(samples), hash_keys(samples), tuple(problems))
+
+
+def _compare_sidecar(path: str, samples: list[list[Member]]) -> list[Problem]:
+    sidecar = sidecar_path(path)
+    if not os.path.isfile(sidecar):
+        return []
+    found, expected = Path(sidecar).read_bytes(), format_sidecar(samples)
+    if found == expected:
+        return []
+    lines = list(zip(found.splitlines(), expected.splitlines()))
+    line = next((i for i, (a, b) in enumerate(lines, start=1) if a != b), len(lines) + 1)
+    what = f"line {line} is not what a walk of the tar gives. Delete it, or run make shards"
+    return [Problem(sidecar, what)]
+
+
+def _check_samples(task: CheckShard, num_samples: int, count: Callable) -> Iterator[Problem]:
+    """Read every sample as training does; its image only to decode it."""
+    path = task.shard.path
+    with closing(SampleReader((Shard(path, num_samples),), label_field=task.label_field)) as reader:
+        for sample in range(num_samples):
+            data = b""
+            try:
+                if task.deep:
+                    data, label = reader.read(0, sample)
+                else:
+                    label = reader.read_label(0, sample)
+                if label not in range(task.num_classes):
+                    raise DataError(f"label {label} is outside the {task.num_classes:,} classes")
+                if task.deep:
+                    decode_rgb(data)
+            except ShardError as error:  # of the index: the next samples would say the same
+                yield Problem.of(path, error)
+                return
+            except DataError as error:
+                yield _name_sample(reader, sample, error)
+            count(1, 0)
+
+
+def _name_sample(reader: SampleReader, sample: int, error: WdsConvnextError) -> Problem:
+    where = reader.describe(0, sample)
+    problem = Problem.of(where["shard"], error)
+    if problem.what.startswith("key "):
+        return problem
+    return problem._replace(what=f"key {where['key']}: {problem.what}")
+
+
+def _repeated_keys(paths: list[str], findings: list[ShardFindings]) -> list[Problem]:
+    repeated = find_duplicate_keys(paths, [finding.key_hashes for finding in findings])
+    return [
+        Problem(where[-1], f"key {key} comes {len(where)} times: in {_counts(where)}")
+        for key, where in repeated
+    ]
+
+
+def _counts(paths: list[str]) -> str:
+    return ", ".join(
+        path + (f" ({number} times)" if number > 1 else "")
+        for path, number in Counter(paths).items()
+    )

@@ -1,0 +1,315 @@
+"""The conversion of one split: which rows go to which shard, and the passes that bring them there.
+
+In stored order a shard is a range of rows, copied in one pass. Shuffled, the labels are counted,
+the rows are scattered into spill files, and each shard collects its own. Every step is a pure
+function of the input and the options and leaves a record, so the bytes do not depend on the
+number of processes or on interruptions. See `staging` for what is on the disk meanwhile.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.conversion.passes import (
+    NO_LABEL,
+    CollectShard,
+    CopyRows,
+    CountLabels,
+    Rows,
+    SpillRows,
+    run_task,
+)
+from wds_convnext.conversion.scatter import Scatter
+from wds_convnext.conversion.staging import Staging
+from wds_convnext.errors import DataError, UsageError
+from wds_convnext.pool import Progress, Workers
+from wds_convnext.rng import derive_key
+from wds_convnext.shards.imagecheck import ImageSurvey
+from wds_convnext.shards.spec import Manifest, Shard, read_manifest, write_atomically
+
+FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
+_UNIT_BYTES = 256 << 20  # images in a spill file
+_MAX_UNITS = 512  # spill files are open together while a shard collects its samples
+_TAR_BYTES = 2048  # a sample's headers, label and padding
+
+
+@dataclass(frozen=True)
+class ReshardOptions:
+    """What the shards' bytes depend on, beside the input. At most one of the sizes is given."""
+
+    num_shards: int | None = None
+    samples_per_shard: int | None = None
+    shard_size: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    decode: bool = False
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was written for one split and what was found in it."""
+
+    split: str
+    shards: tuple[Shard, ...]
+    class_names: tuple[str, ...]
+    survey: ImageSurvey = field(default_factory=ImageSurvey)
+    skipped: Counter = field(default_factory=Counter)
+    already_complete: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        found = [
+            ("formats", self.survey.formats),
+            ("modes", self.survey.modes),
+            ("unusual", self.survey.unusual),
+            ("skipped", self.skipped),
+        ]
+        state = "already complete: " if self.already_complete else ""
+        head = (
+            f"{self.split}: {state}{self.num_samples:,} samples, {len(self.class_names)} classes, "
+            f"{len(self.shards)} shard{'s' * (len(self.shards) != 1)}, "
+            f"{self.num_bytes / 1e6:,.1f} MB"
+        )
+        lines = [f"  {name}: {_counts(counter)}" for name, counter in found if counter]
+        if self.survey.formats:
+            lines.insert(2, f"  sizes: {self.survey.describe_sizes()}")
+        return [head, *lines]
+
+
+def _counts(counter: Counter) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in counter.most_common())
+
+
+class Conversion:
+    """The conversion of one split: `run` it, or `report_complete` if an earlier run has."""
+
+    def __init__(self, split: ParquetSplit, class_names, out, options, *, jobs, on_bad, quiet):
+        shuffle = options.shuffle and not is_held_out(split.name)
+        self.split = split
+        self.class_names = class_names
+        self.options = replace(options, shuffle=shuffle)
+        self.jobs = jobs
+        self.on_bad = on_bad
+        self.quiet = quiet
+        self.edges = shard_edges(split, self.options)
+        self.staging = Staging(out, split.name)
+        self.survey = ImageSurvey()
+        self.bad: list[tuple[int, str]] = []
+
+    @property
+    def names(self) -> list[str]:
+        """The shards' names, without an extension."""
+        num_shards = len(self.edges) - 1
+        width = max(3, len(str(num_shards - 1)))
+        return [f"{self.split.name}-{i:0{width}d}" for i in range(num_shards)]
+
+    def run(self) -> SplitReport:
+        """Write the shards, beginning where an earlier run has stopped."""
+        files = [name + extension for name in self.names for extension in (".tar", ".idx")]
+        self.staging.begin(self.identity, files)
+        try:
+            with Workers(self.jobs, on_start=self.staging.worker_lock()) as self.workers:
+                records = self._shuffled() if self.options.shuffle else self._in_order()
+            shards = tuple(
+                Shard(f"{name}.tar", record["num_samples"], record["num_bytes"], record["sha256"])
+                for name, record in zip(self.names, records)
+            )
+            self._publish(shards, files)
+        finally:
+            self.staging.close()
+        skipped = Counter(_kind(reason) for _, reason in self.bad)
+        return SplitReport(self.split.name, shards, self.class_names, self.survey, skipped)
+
+    def report_complete(self) -> SplitReport:
+        """The report on a split that an earlier run has written."""
+        if self.staging.folder.exists():
+            self.staging.lock()
+            self.staging.remove()
+        manifest = read_manifest(self.staging.manifest_path)
+        listing = self.staging.out / self.staging.bad_rows_name
+        lines = listing.read_text().splitlines() if listing.exists() else []
+        skipped = Counter(_kind(json.loads(line)["reason"]) for line in lines)
+        return SplitReport(
+            self.split.name,
+            manifest.shards,
+            manifest.class_names,
+            skipped=skipped,
+            already_complete=True,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk space that is needed at the peak, about."""
+        num_bytes = self.split.num_bytes + _TAR_BYTES * self.split.num_rows
+        written = sum(path.stat().st_size for path in self.staging.folder.glob("*"))
+        return max(0, (2 if self.options.shuffle else 1) * num_bytes - written)
+
+    @cached_property
+    def identity(self) -> dict:
+        """What the bytes of the shards depend on; stands in the manifest as its options."""
+        columns = self.split.parts[0].columns
+        return {
+            "source_digest": self.split.digest,
+            "class_digest": f"{derive_key(*self.class_names):016x}",
+            "format_version": FORMAT_VERSION,
+            "columns": [columns.image, columns.label],
+            "num_shards": len(self.edges) - 1,
+            "edges": None if self.options.shuffle else self.edges,
+            "shuffle": self.options.shuffle,
+            "seed": self.options.seed if self.options.shuffle else None,
+            "check": "decode" if self.options.decode else "header",
+        }
+
+    def _in_order(self) -> list[dict]:
+        tasks = [
+            CopyRows(self._rows(start, stop), *self._shard_paths(name))
+            for name, start, stop in zip(self.names, self.edges, self.edges[1:])
+        ]
+        records = self._run("copy", tasks)
+        self._keep_findings(records)
+        self._settle_bad()
+        return records
+
+    def _shuffled(self) -> list[dict]:
+        edges = unit_edges(self.split)
+        for attempt in range(2):
+            excluded = frozenset(row for row, _ in self.bad)
+            units = [self._rows(*edge, excluded) for edge in zip(edges, edges[1:])]
+            paths = [self.staging.staged(f"{attempt}-{i:03d}.spill") for i in range(len(units))]
+            counts = self._count_labels(units, paths)
+            scatter = Scatter(
+                counts.sum(axis=0), len(self.names), self.options.seed, self.split.name
+            )
+            before = np.cumsum(counts, axis=0) - counts
+            tasks = [
+                SpillRows(rows, path, scatter, counts_before)
+                for rows, path, counts_before in zip(units, paths, before)
+            ]
+            spilled = self._run("scatter", tasks)
+            self._keep_findings(spilled)
+            self._settle_bad()
+            if all(row in excluded or reason == NO_LABEL for row, reason in self.bad):
+                break
+            # A bad image leaves a hole in its shard: scatter once more, now without it.
+            for path in paths:
+                Path(path).unlink(missing_ok=True)
+        tasks = [
+            CollectShard(tuple(paths), shard, *self._shard_paths(name))
+            for shard, name in enumerate(self.names)
+        ]
+        return self._run("collect", tasks)
+
+    def _count_labels(self, units: list[Rows], paths: list[str]) -> np.ndarray:
+        tasks = [CountLabels(rows, f"{path}.labels") for rows, path in zip(units, paths)]
+        records = self._run("labels", tasks)
+        return np.array([record["class_counts"] for record in records], dtype=np.int64)
+
+    def _rows(self, start: int, stop: int, excluded: frozenset = frozenset()) -> Rows:
+        return Rows(self.split, self.class_names, start, stop, self.options.decode, excluded)
+
+    def _shard_paths(self, name: str) -> tuple[str, str]:
+        return self.staging.staged(f"{name}.tar"), self.staging.staged(f"{name}.idx")
+
+    def _run(self, title: str, tasks: list) -> list[dict]:
+        progress = Progress(
+            f"{self.split.name}: {title}", num_images=self.split.num_rows, quiet=self.quiet
+        )
+        return self.workers.run(run_task, tasks, progress=progress)
+
+    def _keep_findings(self, records: list[dict]) -> None:
+        self.survey = ImageSurvey()
+        for record in records:
+            self.survey.merge(record["survey"])
+            self.bad += [tuple(entry) for entry in record["bad"]]
+
+    def _settle_bad(self) -> None:
+        """List the unusable rows, if any, and stop if they are not to be skipped."""
+        if not self.bad:
+            return
+        self.bad.sort()
+        lines = []
+        for row, reason in self.bad:
+            path, row_in_file = self.split.locate(row)
+            place = {"row": row, "file": Path(path).name, "row_in_file": row_in_file}
+            lines.append(json.dumps(place | {"reason": reason}) + "\n")
+        listing = self.staging.staged(self.staging.bad_rows_name)
+        write_atomically(listing, "".join(lines).encode())
+        if self.on_bad != "skip" or len(self.bad) == self.split.num_rows:
+            first = json.loads(lines[0])
+            raise DataError(
+                f"{self.split.name}: {len(self.bad):,} of {self.split.num_rows:,} rows are "
+                f"unusable, the first is row {first['row_in_file']} of {first['file']}: "
+                f"{first['reason']}. All are listed in {listing}. "
+                "Mend them, or leave them out with --on-bad skip."
+            )
+
+    def _publish(self, shards: tuple[Shard, ...], files: list[str]) -> None:
+        manifest = Manifest(
+            dataset=dataset_name(self.split),
+            split=self.split.name,
+            shards=shards,
+            class_names=self.class_names,
+            source=tuple(Path(part.path).name for part in self.split.parts),
+            options=self.identity,
+        )
+        extra = [self.staging.bad_rows_name] if self.bad else []
+        self.staging.publish(manifest, files + extra)
+
+
+def is_held_out(split: str) -> bool:
+    """Whether a split is for validation or test, and so keeps its stored order."""
+    return re.match(r"val|dev|test|eval", split) is not None
+
+
+def _kind(reason: str) -> str:
+    return re.split(r"[(:]", reason)[0].strip()
+
+
+def dataset_name(split: ParquetSplit) -> str:
+    """The name of the folder that holds the files, or its `data/`."""
+    folder = Path(split.parts[0].path).absolute().parent
+    return (folder.parent if folder.name == "data" else folder).name
+
+
+def shard_edges(split: ParquetSplit, options: ReshardOptions) -> list[int]:
+    """The rows at which shards begin, and the number of rows; at least one row in each.
+
+    Without a size there is a shard for every file. Else sizes differ by at most one sample.
+
+    Raises:
+        UsageError: if there are more shards than rows.
+    """
+    num_rows, num_shards = split.num_rows, options.num_shards
+    if options.samples_per_shard:
+        num_shards = -(-num_rows // options.samples_per_shard)
+    if options.shard_size:
+        num_shards = -(-(split.num_bytes + _TAR_BYTES * num_rows) // options.shard_size)
+    if num_shards is None:
+        return sorted(set(split.part_starts))
+    if num_shards > num_rows:
+        raise UsageError(
+            f"{num_shards:,} shards for {num_rows:,} rows of {split.name}. Ask for fewer shards."
+        )
+    return [number * num_rows // num_shards for number in range(num_shards + 1)]
+
+
+def unit_edges(split: ParquetSplit) -> list[int]:
+    """The rows at which spill files begin: row groups that together have about 256 MB."""
+    num_units = min(max(1, split.num_bytes // _UNIT_BYTES), _MAX_UNITS)
+    starts = np.unique(split.group_starts)
+    wanted = np.arange(num_units + 1) * split.num_rows // num_units
+    return np.unique(starts[np.searchsorted(starts, wanted)]).tolist()

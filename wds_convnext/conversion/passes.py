@@ -1,0 +1,164 @@
+"""The passes of a conversion, as tasks: values that any process can run, in any order.
+
+A task writes one file at `path` and returns its record; the same task writes the same bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.conversion.rows import UNLABELLED, label_numbers, read_labels, read_rows
+from wds_convnext.conversion.scatter import Scatter, ranks_in_class
+from wds_convnext.conversion.spill import SpillWriter, read_spilled
+from wds_convnext.conversion.staging import recorded
+from wds_convnext.conversion.tarwriter import ShardWriter
+from wds_convnext.errors import DataError
+from wds_convnext.shards.imagecheck import ImageSurvey, inspect_image
+
+NO_IMAGE = "its image is null"
+NO_LABEL = "its label is null or not a class"
+Count = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of a split, without the excluded ones."""
+
+    split: ParquetSplit
+    class_names: tuple[str, ...]
+    start: int
+    stop: int
+    decode: bool
+    excluded: frozenset[int] = frozenset()
+
+
+@dataclass
+class Findings:
+    """What was found in rows while they passed; `bad` holds (row, reason)."""
+
+    survey: ImageSurvey = field(default_factory=ImageSurvey)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+    def record(self) -> dict:
+        return {"survey": self.survey.to_json(), "bad": self.bad}
+
+
+def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]:
+    """Row number, image, label and extension of each usable row; the others go to `findings`."""
+    for batch in read_rows(rows.split, rows.class_names, rows.start, rows.stop):
+        num_bytes = 0
+        for row, (image, label) in enumerate(
+            zip(batch.images, batch.labels.tolist()), start=batch.first_row
+        ):
+            if row in rows.excluded:
+                continue
+            try:
+                if label == UNLABELLED:
+                    raise DataError(NO_LABEL)
+                if image is None:
+                    raise DataError(NO_IMAGE)
+                facts = inspect_image(image, decode=rows.decode)
+            except DataError as error:
+                findings.bad.append((row, str(error)))
+                continue
+            findings.survey.add(facts)
+            num_bytes += len(image)
+            yield row, image, label, facts.extension
+        count(len(batch.images), num_bytes)
+
+
+@dataclass(frozen=True)
+class CopyRows:
+    """Stored order: a range of rows becomes a shard."""
+
+    rows: Rows
+    path: str
+    sidecar_path: str
+
+    def run(self, count: Count) -> dict:
+        findings = Findings()
+        with ShardWriter(self.path, sidecar_path=self.sidecar_path) as writer:
+            for row, image, label, extension in usable_rows(self.rows, findings, count):
+                writer.write(f"{row:09d}", image, extension=extension, label=label)
+        return writer.record() | findings.record()
+
+
+@dataclass(frozen=True)
+class CountLabels:
+    """Shuffled, first pass: how many usable rows of each class a range has."""
+
+    rows: Rows
+    path: str
+
+    def run(self, count: Count) -> dict:
+        labels = usable_labels(self.rows)
+        count(len(labels), 0)
+        counts = np.bincount(labels[labels != UNLABELLED], minlength=len(self.rows.class_names))
+        return {"class_counts": counts.tolist()}
+
+
+def usable_labels(rows: Rows) -> np.ndarray:
+    """The class number of each row, int64; UNLABELLED where it is unusable or excluded."""
+    columns = read_labels(rows.split, rows.start, rows.stop)
+    labels = np.concatenate([label_numbers(column, rows.class_names) for column in columns])
+    labels[[row - rows.start for row in rows.excluded if rows.start <= row < rows.stop]] = (
+        UNLABELLED
+    )
+    return labels
+
+
+@dataclass(frozen=True)
+class SpillRows:
+    """Shuffled, second pass: a range of rows goes to a spill file, each row with its place."""
+
+    rows: Rows
+    path: str
+    scatter: Scatter
+    counts_before: np.ndarray  # usable rows of each class before the range
+
+    def run(self, count: Count) -> dict:
+        labels = usable_labels(self.rows)
+        usable = np.flatnonzero(labels != UNLABELLED)
+        ranks = ranks_in_class(labels[usable], self.counts_before)
+        destinations = np.zeros((2, len(labels)), dtype=np.int64)
+        destinations[:, usable] = self.scatter.destination(labels[usable], ranks)
+        shards, places = destinations.tolist()
+        findings = Findings()
+        with SpillWriter(self.path) as writer:
+            for row, image, label, extension in usable_rows(self.rows, findings, count):
+                writer.write(
+                    image,
+                    shard=shards[row - self.rows.start],
+                    place=places[row - self.rows.start],
+                    row=row,
+                    label=label,
+                    extension=extension,
+                )
+        return findings.record()
+
+
+@dataclass(frozen=True)
+class CollectShard:
+    """Shuffled, third pass: a shard reads its samples from all spill files."""
+
+    spills: tuple[str, ...]
+    shard: int
+    path: str
+    sidecar_path: str
+
+    def run(self, count: Count) -> dict:
+        with ShardWriter(self.path, sidecar_path=self.sidecar_path) as writer:
+            for image, entry in read_spilled(self.spills, self.shard):
+                extension = entry["extension"].decode()
+                writer.write(
+                    f"{entry['row']:09d}", image, extension=extension, label=entry["label"]
+                )
+                count(1, len(image))
+        return writer.record()
+
+
+def run_task(task, count: Count) -> dict:
+    """The record of a task: as it was left by an earlier run, else the task is run."""
+    return recorded(f"{task.path}.done", lambda: task.run(count))

@@ -1,0 +1,199 @@
+"""Where a split's shards stand until all of them are complete, and how they are published.
+
+The folder `OUT/train.partial/` holds the plan (the options and the files to be written), the
+shards that are finished or under way, and a record for each finished step. A conversion that
+dies is taken up from the records. Shards move to OUT when all are complete, the manifest last.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from wds_convnext.errors import ShardError, UsageError
+from wds_convnext.shards.spec import (
+    Manifest,
+    read_manifest,
+    staging_path,
+    sync_folder,
+    write_atomically,
+)
+
+_LOCK_WAIT_S = 5.0  # the workers of a killed conversion end within this time
+_SUFFIXES = (".part", ".npy", ".done", ".tmp")  # of the files in a staging folder
+
+
+class Staging:
+    """The staging folder of one split, locked for this conversion and its worker processes."""
+
+    def __init__(self, out: str | os.PathLike, split: str):
+        self.out = Path(out)
+        self.split = split
+        self.manifest_path = self.out / f"{split}.json"
+        self.folder = Path(staging_path(self.manifest_path))
+        self.bad_rows_name = f"{split}.bad.jsonl"
+        self._lock: int | None = None
+
+    def is_complete(self, options: dict, *, overwrite: bool) -> bool:
+        """Whether OUT already holds the split, converted with these options.
+
+        Raises:
+            UsageError: if it holds the split, whole or begun, with others, and not `overwrite`.
+            ShardError: if its manifest is damaged or a shard is missing or of another size.
+        """
+        if overwrite:
+            return False
+        begun = _read_json(self.folder / "plan.json").get("options") or options
+        if not self.manifest_path.exists() and begun == options:
+            return False
+        manifest = read_manifest(self.manifest_path) if self.manifest_path.exists() else None
+        if manifest is None or manifest.options != options:
+            raise UsageError(
+                f"{self.out}: holds {self.split} with other options or from other files. "
+                "Write to another folder, or replace it with --overwrite."
+            )
+        for shard in manifest.shards:
+            if not _has_size(shard.path, shard.num_bytes):
+                raise ShardError(
+                    f"{shard.path}: missing or changed since it was written. Copy it again, "
+                    "or move away what is there and run again with --overwrite."
+                )
+        return True
+
+    def begin(self, options: dict, files: list[str]) -> None:
+        """Lock the folder and make it ready for a plan, keeping finished steps of the same plan.
+
+        Args:
+            options: what the bytes of the files depend on.
+            files: names of the files that will be written to OUT.
+        Raises:
+            UsageError: if another conversion is at work, or OUT holds files of these names that
+                were not written by this tool.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        started = _read_json(self.folder / "plan.json")
+        replaces = self._own_files(started)
+        try:
+            self._refuse_foreign(files, replaces)
+        except UsageError:
+            self.close() if started else self.remove()
+            raise
+        if started.get("options") != options:
+            # First no plan, so that no record is trusted while some of its files are gone.
+            self._write_plan(None, replaces)
+            self._remove_written()
+            self._write_plan(options, replaces)
+            (self.folder / "publishing").unlink(missing_ok=True)
+
+    def _write_plan(self, options: dict | None, replaces: set[str]) -> None:
+        plan = {"options": options, "replaces": sorted(replaces)}
+        write_atomically(self.folder / "plan.json", json.dumps(plan, indent=1).encode())
+
+    def lock(self) -> None:
+        """Hold the folder: exclusively for a moment, then together with worker processes."""
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                self.close()
+            if time.monotonic() > deadline:
+                raise UsageError(f"{self.folder}: another conversion is at work. Wait for it.")
+            time.sleep(0.1)
+
+    def worker_lock(self) -> Callable[[], None]:
+        """A function that keeps the folder locked for as long as the calling process lives."""
+        return partial(_share_lock, str(self.folder / "lock"))
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def staged(self, name: str) -> str:
+        """Where a file stands before it moves to OUT."""
+        return str(self.folder / f"{name}.part")
+
+    def publish(self, manifest: Manifest, files: list[str]) -> None:
+        """Move complete files to OUT, in place of an earlier conversion's; the manifest last."""
+        marker = self.folder / "publishing"
+        replaces = set(_read_json(self.folder / "plan.json")["replaces"])
+        if not marker.exists():
+            self._refuse_foreign(files, replaces)
+            write_atomically(marker, json.dumps(files).encode())
+        self.manifest_path.unlink(missing_ok=True)
+        sync_folder(self.manifest_path)
+        for name in sorted(replaces - set(files)):
+            (self.out / name).unlink(missing_ok=True)
+        for name in files:
+            if os.path.exists(self.staged(name)):
+                os.replace(self.staged(name), self.out / name)
+        sync_folder(self.manifest_path)
+        manifest.write(self.manifest_path)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the staging folder, except for files that are not of its making."""
+        (self.folder / "plan.json").unlink(missing_ok=True)
+        sync_folder(self.folder / "plan.json")
+        self._remove_written()
+        for name in ("publishing", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+        self.close()
+
+    def _remove_written(self) -> None:
+        for path in self.folder.iterdir():
+            if path.suffix in _SUFFIXES:
+                path.unlink()
+
+    def _own_files(self, started: dict) -> set[str]:
+        """The names of files in OUT that an earlier conversion of this split wrote."""
+        own = {*started.get("replaces", ()), *_read_json(self.folder / "publishing")}
+        if self.manifest_path.exists():
+            manifest = read_manifest(self.manifest_path)
+            if "source_digest" in manifest.options:
+                for shard in manifest.shards:
+                    if _has_size(shard.path, shard.num_bytes) or not os.path.exists(shard.path):
+                        own |= {shard.name, shard.name.removesuffix(".tar") + ".idx"}
+                own |= {self.manifest_path.name, self.bad_rows_name}
+        return own
+
+    def _refuse_foreign(self, files: list[str], own: set[str]) -> None:
+        for name in (*files, self.manifest_path.name):
+            if name not in own and (self.out / name).exists():
+                raise UsageError(
+                    f"{self.out / name}: not written by this tool, so it is not replaced. "
+                    "Write to another folder, or move it away."
+                )
+
+
+def recorded(path: str | os.PathLike, make: Callable[[], dict]) -> dict:
+    """The result of a step: read if the step is finished, else made and recorded."""
+    if os.path.exists(path):
+        return json.loads(Path(path).read_text())
+    result = make()
+    write_atomically(path, json.dumps(result).encode())
+    return result
+
+
+def _read_json(path: Path) -> dict | list:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _has_size(path: str, num_bytes: int | None) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == num_bytes
+
+
+def _share_lock(path: str) -> None:
+    lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_SH)

@@ -1,0 +1,1 @@
+"""The format: which shards there are, where their samples stand, and reading them. No torch."""

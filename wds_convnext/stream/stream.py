@@ -1,0 +1,276 @@
+"""The stream of batches: the only module that knows order, reading and decoding.
+
+Worker w of W makes the batches w, w + W, w + 2W, … whole; the DataLoader hands them over
+round-robin, so what the trainer sees does not depend on W. Images cross to the trainer as uint8,
+through memory that both sides hold from the start (`workers`). Validation batches come from the
+same workers, in their place in the sequence, so nothing waits when a validation starts or ends.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from wds_convnext.errors import DataError, ShardError, TrainingError, WdsConvnextError
+from wds_convnext.rng import uniform
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import ShardSet
+from wds_convnext.stream.loader import Slots, items_of_workers
+from wds_convnext.stream.order import EvalOrder, TrainOrder
+
+_MAX_REPLACEMENTS = 64
+
+
+class Batch(NamedTuple):
+    """One batch of one rank."""
+
+    images: torch.Tensor  # uint8 (B, 3, S, S), channels_last
+    labels: torch.Tensor  # int64 (B,)
+    is_real: torch.Tensor  # bool (B,); False for the padding of a last evaluation batch
+    bad_samples: list  # one dict (shard, key, offset, epoch, reason) per replaced sample
+
+
+class ShardStream(IterableDataset):
+    """Batches of one rank, in the order's order; endless for training, finite for evaluation.
+
+    Args:
+        shard_set: the shards to read.
+        order: which sample comes when.
+        transform: (encoded bytes, draws) -> uint8 (3, S, S); see `transforms`.
+        batch_size: samples per batch and rank.
+        start: number of the first batch to make (to resume).
+        decode: False gives samples as webdataset's dicts (`__key__`, `__url__`, one entry per
+            member, bytes) instead of batches: a first stage for `webdataset.DataPipeline`.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        order: TrainOrder | EvalOrder,
+        *,
+        batch_size: int,
+        transform=None,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        decode: bool = True,
+    ):
+        super().__init__()
+        if decode and transform is None:
+            raise ValueError("decoding needs a transform")
+        self.shard_set = shard_set
+        self.order = order
+        self.transform = transform
+        self.place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+        self.start = start
+        self.decode = decode
+        self.stop = None
+        if isinstance(order, EvalOrder):
+            self.stop = order.num_micro_batches(batch_size=batch_size, world_size=world_size)
+
+    def __iter__(self) -> Iterator[Batch | dict]:
+        return load_batches(self) if self.decode else self._raw_samples()
+
+    def turns(self) -> Iterator[tuple["ShardStream", int]]:
+        """The batches to make, in order: whose, and the how manieth of it."""
+        numbers = itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
+        return ((self, number) for number in numbers)
+
+    def new_images(self) -> torch.Tensor:
+        """Memory for the images of one batch."""
+        shape = (self.place["batch_size"], *[self.transform.image_size] * 2, 3)
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def open_reader(self) -> SampleReader:
+        return SampleReader(self.shard_set.shards, label_field=self.shard_set.label_field)
+
+    def will_load(self, number: int, reader: SampleReader) -> None:
+        """Have the bytes of a batch fetched."""
+        refs = self.order.micro_batch(number, **self.place)
+        for shard, sample in zip(refs.shard.tolist(), refs.sample.tolist()):
+            reader.will_read(shard, sample)
+
+    def load(self, number: int, reader: SampleReader, images: torch.Tensor) -> Batch:
+        """One batch of this stream, its images written into `images`."""
+        refs = self.order.micro_batch(number, **self.place)
+        labels = torch.zeros(len(refs), dtype=torch.int64)
+        draws = [None] * len(refs)
+        if self.transform.NUM_DRAWS:
+            draws = uniform(self.order.sample_keys(refs), self.transform.NUM_DRAWS)
+        bad_samples = []
+        for i in refs.is_real.nonzero()[0]:
+            place = int(refs.shard[i]), int(refs.sample[i])
+            loaded, reasons = self._load_first_good(reader, *place, draws[i])
+            bad_samples += [{**reason, "epoch": int(refs.epoch[i])} for reason in reasons]
+            if loaded is None:
+                refs.is_real[i] = False
+            else:
+                images[i], labels[i] = loaded
+        for i in (~refs.is_real).nonzero()[0]:
+            images[i] = 0  # the memory was another batch's
+        return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
+
+    def _raw_samples(self) -> Iterator[dict]:
+        with closing(self.open_reader()) as reader:
+            for _, number in _share_of_this_worker(self.turns()):
+                refs = self.order.micro_batch(number, **self.place)
+                for shard, sample in zip(refs.shard[refs.is_real], refs.sample[refs.is_real]):
+                    yield reader.read_raw(int(shard), int(sample))
+
+    def _load_first_good(self, reader: SampleReader, shard: int, sample: int, draws):
+        """(image, label), and why samples before it in its shard could not be used.
+
+        In training a sample that does not decode is replaced by the next of its shard that does,
+        which depends on the shard alone: the stream is the same for any number of workers. In
+        evaluation nothing takes its place, and None is returned.
+        """
+        reasons = []
+        shard_samples = self.shard_set.shards[shard].num_samples
+        attempts = 1 if self.stop is not None else min(shard_samples, _MAX_REPLACEMENTS)
+        for attempt in range(attempts):
+            candidate = (sample + attempt) % shard_samples
+            data, label = reader.read(shard, candidate)
+            if not 0 <= label < self.shard_set.num_classes:
+                where = reader.describe(shard, candidate)
+                raise ShardError(
+                    f"{where['shard']}, key {where['key']}: label {label} is outside the "
+                    f"{self.shard_set.num_classes} classes. Run make shards again."
+                )
+            try:
+                return (self.transform(data, draws), label), reasons
+            except DataError as error:
+                reasons.append({**reader.describe(shard, candidate), "reason": str(error)})
+        if self.stop is not None:
+            return None, reasons
+        raise TrainingError(
+            f"{reasons[0]['shard']}: no sample that decodes from {reasons[0]['key']} to "
+            f"{reasons[-1]['key']} ({reasons[0]['reason']}). Write the shard again."
+        )
+
+
+class ValidatedStream(IterableDataset):
+    """A training stream with a whole validation stream after each step that `is_due` names.
+
+    Both have the same batch size and image size.
+    """
+
+    def __init__(
+        self, train: ShardStream, validation: ShardStream, *, accumulate: int, is_due: Callable
+    ):
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.accumulate, self.is_due = accumulate, is_due
+
+    def __iter__(self) -> Iterator[Batch]:
+        return load_batches(self)
+
+    def turns(self) -> Iterator[tuple[ShardStream, int]]:
+        for stream, number in self.train.turns():
+            yield stream, number
+            steps, rest = divmod(number + 1, self.accumulate)
+            if not rest and self.is_due(steps):
+                yield from self.validation.turns()
+
+    def new_images(self) -> torch.Tensor:
+        return self.train.new_images()
+
+
+def load_batches(
+    stream: ShardStream | ValidatedStream, next_images: Callable[[], torch.Tensor] | None = None
+) -> Iterator[Batch]:
+    """This worker's share of a stream, its images written into what `next_images` gives.
+
+    A batch's bytes are asked for while the batch before it is decoded: the order is known.
+    """
+    next_images = next_images or stream.new_images
+    with ExitStack() as open_readers:
+        readers, turn = {}, None
+        for coming in itertools.chain(_share_of_this_worker(stream.turns()), [None]):
+            if coming is not None:
+                source, number = coming
+                if source not in readers:
+                    readers[source] = open_readers.enter_context(closing(source.open_reader()))
+                source.will_load(number, readers[source])
+            if turn is not None:
+                source, number = turn
+                yield source.load(number, readers[source], next_images())
+            turn = coming
+
+
+def _share_of_this_worker(turns: Iterator) -> Iterator:
+    worker = get_worker_info()
+    return turns if worker is None else itertools.islice(turns, worker.id, None, worker.num_workers)
+
+
+def make_loader(
+    stream: ShardStream | ValidatedStream, *, workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Iterate over a stream's batches, made by `workers` processes (0: in this one).
+
+    Args:
+        pin_memory: whether the tensors are to lie in page-locked memory.
+    Raises:
+        WdsConvnextError: what a worker met, as it was raised there.
+        TrainingError: if a worker process died.
+    """
+    if workers == 0:
+        yield from map(partial(_keep, pin_memory=True), stream) if pin_memory else stream
+        return
+    slots = Slots(workers, stream.new_images())
+    with closing(items_of_workers(_Worker(stream, slots), workers)) as items:
+        for item in items:
+            if isinstance(item, WdsConvnextError):
+                raise item
+            images = slots.images(item.worker, item.slot)
+            labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
+            yield _keep(Batch(images, labels, is_real, item.bad_samples), pin_memory=pin_memory)
+
+
+def _keep(batch: Batch, *, pin_memory: bool) -> Batch:
+    """The batch in memory of its own."""
+    own = torch.Tensor.pin_memory if pin_memory else _copy
+    return Batch(*map(own, batch[:3]), batch.bad_samples)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    # numpy keeps to this thread, where torch would wake one per core, and reuses large pages.
+    return torch.from_numpy(tensor.numpy().copy(order="K"))
+
+
+class _Handover(NamedTuple):
+    """What crosses the pipe for a batch: where its images are, and the rest of it."""
+
+    worker: int
+    slot: int
+    labels: np.ndarray
+    is_real: np.ndarray
+    bad_samples: list
+
+
+class _Worker(IterableDataset):
+    """What runs in a worker process: fills its slots in turn.
+
+    An error of ours goes over as an item: DataLoader would wrap it into its traceback.
+    """
+
+    def __init__(self, stream: ShardStream | ValidatedStream, slots: Slots):
+        super().__init__()
+        self.stream = stream
+        self.slots = slots
+
+    def __iter__(self) -> Iterator[_Handover | WdsConvnextError]:
+        worker = get_worker_info().id
+        turns = itertools.cycle(range(len(self.slots)))
+        into = (self.slots.images(worker, slot) for slot in turns)
+        try:
+            for number, batch in enumerate(load_batches(self.stream, into.__next__)):
+                slot = number % len(self.slots)
+                labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
+                yield _Handover(worker, slot, labels, is_real, batch.bad_samples)
+        except WdsConvnextError as error:
+            yield error

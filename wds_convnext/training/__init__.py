@@ -1,0 +1,1 @@
+"""The trainer: one run from its config to its last checkpoint."""

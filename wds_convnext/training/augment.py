@@ -1,0 +1,148 @@
+"""What happens to a batch on the device: copy, normalise, mix.
+
+Mixing follows timm's Mixup in batch mode: image i is blended with image B-1-i, or a box of it is
+pasted in. Its numbers are drawn on the host from (seed, step, micro-batch, rank), so nothing has
+to be read back from the device and nothing has to be stored to resume.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wds_convnext.rng import derive_key
+from wds_convnext.stream.stream import Batch
+
+
+def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with their tensors on the device; on CUDA the next is copied while one is used."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield _to(batch, device)
+        return
+    copying = torch.cuda.Stream(device)
+    ready = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            coming = _to(batch, device)
+        if ready is not None:
+            yield ready
+        ready = _take(coming, copying, device)  # what is queued by now does not wait for it
+    if ready is not None:
+        yield ready
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    tensors = (t.to(device, non_blocking=True) for t in batch[:3])
+    return Batch(*tensors, batch.bad_samples)
+
+
+def _take(batch: Batch, copying: torch.cuda.Stream, device: torch.device) -> Batch:
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(copying)
+    for tensor in batch[:3]:
+        tensor.record_stream(current)
+    return batch
+
+
+class Normalizer:
+    """uint8 (B, 3, H, W) in 0..255 -> float32 channels_last, (x / 255 - mean) / std per channel.
+
+    One kernel reads bytes and writes floats; on CUDA nothing lies between.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        shape = (1, 3, 1, 1)
+        self.scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(shape)
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=device).view(shape)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        floats = torch.addcmul(self.shift, images, self.scale)
+        return floats.contiguous(memory_format=torch.channels_last)
+
+    def undo(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images -> float in [0, 1], for looking at."""
+        return ((images - self.shift) / (self.scale * 255)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class MixDraw:
+    """How one batch is mixed: the share of each image itself, and the box pasted into it, if any.
+
+    `box` is (top, bottom, left, right) in pixels; `share` is then the part outside it.
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Mixup, CutMix and label smoothing for whole batches.
+
+    Args:
+        mixup_alpha, cutmix_alpha: Beta(alpha, alpha) parameters; 0 switches one off.
+        prob: share of batches that are mixed.
+        switch_prob: share of CutMix among mixed batches, where both are on.
+        label_smoothing: part of each target spread evenly over all classes.
+
+    Source: Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899;
+    batch mode and the clipped box as in timm.data.Mixup.
+    """
+
+    num_classes: int
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    label_smoothing: float = 0.1
+
+    @property
+    def mixes(self) -> bool:
+        return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.prob > 0
+
+    def draw(self, image_size: int, *key: int) -> MixDraw:
+        """The draw that belongs to a key: (seed, step, micro-batch, rank)."""
+        if not self.mixes:
+            return MixDraw(1.0)
+        rng = np.random.Generator(np.random.Philox(derive_key("mix", *key)))
+        if rng.random() >= self.prob:
+            return MixDraw(1.0)
+        both = self.mixup_alpha > 0 and self.cutmix_alpha > 0
+        use_cutmix = rng.random() < self.switch_prob if both else self.cutmix_alpha > 0
+        if not use_cutmix:
+            return MixDraw(float(rng.beta(self.mixup_alpha, self.mixup_alpha)))
+        share = rng.beta(self.cutmix_alpha, self.cutmix_alpha)
+        side = int(image_size * np.sqrt(1 - share))
+        centre_y, centre_x = rng.integers(0, image_size, size=2)
+        top, bottom = np.clip([centre_y - side // 2, centre_y + (side + 1) // 2], 0, image_size)
+        left, right = np.clip([centre_x - side // 2, centre_x + (side + 1) // 2], 0, image_size)
+        share = 1 - (bottom - top) * (right - left) / image_size**2
+        return MixDraw(float(share), (int(top), int(bottom), int(left), int(right)))
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, draw: MixDraw):
+        """Mix a batch with itself, reversed.
+
+        Args:
+            images: float (B, 3, H, W); may be changed in place.
+            labels: int64 (B,), in [0, num_classes).
+        Returns:
+            Images, and soft targets, float32 (B, num_classes), whose rows sum to 1.
+        """
+        if draw.box is not None:
+            top, bottom, left, right = draw.box
+            images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+        elif draw.share < 1:
+            images = torch.lerp(images.flip(0), images, draw.share)
+        targets = self._targets(labels)
+        if draw.share < 1:
+            targets = torch.lerp(targets.flip(0), targets, draw.share)
+        return images, targets
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        off = self.label_smoothing / self.num_classes
+        on = 1 - self.label_smoothing + off
+        shape = (len(labels), self.num_classes)
+        targets = torch.full(shape, off, dtype=torch.float32, device=labels.device)
+        return targets.scatter_(1, labels.unsqueeze(1), on)

@@ -1,0 +1,156 @@
+"""What the machine gives: FLOP/s and their share of the peak, optimizer time, memory, a trace."""
+
+import contextlib
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from wds_convnext.stream.stream import Batch
+
+# Dense TFLOP/s in half precision with float32 accumulation, from NVIDIA's data sheets.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s that a GPU of this name can do in half precision; None if it is not in the table."""
+    for name, tflops in PEAK_TFLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return tflops * 1e12
+    return None
+
+
+@torch.no_grad()
+def training_flops(model: nn.Module, image_size: int) -> int:
+    """FLOPs of training on one image: three times the forward pass's.
+
+    A multiply-add is 2; convolutions and matrix products are counted, elementwise work is not.
+    Counted without computing, on tensors that have no data. (Three times, because the counter
+    takes the backward pass of a depthwise convolution for a dense one's: torch 2.15.)
+    """
+    was_training = model.training
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(model.eval(), shapes, image)
+    model.train(was_training)
+    return 3 * counter.get_total_flops()
+
+
+class DeviceTimer:
+    """Times a part of a step on the device, without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._span = None
+
+    @contextlib.contextmanager
+    def span(self) -> Iterator[None]:
+        """Time what is done within this context; the last one counts."""
+        start = self._mark()
+        yield
+        self._span = start, self._mark()
+
+    def last_ms(self) -> float | None:
+        """Milliseconds of the last span; to be asked when the device is done with it."""
+        if self._span is None or self.device.type not in ("cpu", "cuda"):
+            return None
+        start, end = self._span
+        return start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
+
+    def _mark(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """Turns a rate of images into what it means for the machine.
+
+    Args:
+        flops_per_image: of training, see `training_flops`.
+        peak: FLOP/s of one device; None where it is not known.
+        num_devices: that share the images.
+    """
+
+    flops_per_image: int
+    peak: float | None
+    num_devices: int
+    optimizer_timer: DeviceTimer
+
+    def read(self, images_per_s: float) -> dict[str, float]:
+        """Per device: TFLOP/s, share of the peak, optimizer time, peak memory; known ones only."""
+        flops = images_per_s * self.flops_per_image / self.num_devices
+        readings = {
+            "train/tflops_per_s": flops / 1e12,
+            "train/mfu": flops / self.peak if self.peak else None,
+            "train/optimizer_ms": self.optimizer_timer.last_ms(),
+            "train/memory_gb": peak_memory(self.optimizer_timer.device) / 1e9,
+        }
+        return {name: value for name, value in readings.items() if value is not None}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: of tensors on a GPU, else of everything in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def profile_steps(
+    batches: Iterable[Batch],
+    path: Path,
+    *,
+    batches_per_step: int,
+    first_step: int = 5,
+    num_steps: int = 3,
+) -> Iterator[Batch]:
+    """Pass batches on, and write a Chrome trace of the steps that are made of some of them.
+
+    The first steps compile and settle, so they are left out. A run that ends within the traced
+    steps leaves what there is; close the iterator to have it written.
+    """
+    start, stop = first_step * batches_per_step, (first_step + num_steps) * batches_per_step
+    profiler = None
+    try:
+        for number, batch in enumerate(batches):
+            if number == start:
+                profiler = torch.profiler.profile()
+                profiler.start()
+            if number == stop:
+                profiler = _write_trace(profiler, path)
+            yield batch
+    finally:
+        if profiler is not None:
+            _write_trace(profiler, path)
+
+
+def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:
+    profiler.stop()
+    profiler.export_chrome_trace(str(path))
