@@ -13,7 +13,7 @@ import sys
 
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import ShardError
-from wds_convnext.shards.reader import open_shards
+from wds_convnext.shards.dataset import open_dataset
 
 CHANGES = ("replace", "fsync", "unlink", "rmdir", "mkdir")
 RESUMED_AT = 5  # changes that each process of `again` lives to make, at least
@@ -40,7 +40,7 @@ def die_before(change: int) -> None:
 def found(out: str) -> str:
     """What a reader that takes all shards finds."""
     try:
-        return f"{open_shards(os.path.join(out, 'train-*.tar')).num_samples} samples"
+        return f"{open_dataset(os.path.join(out, 'train-*.tar')).num_samples} samples"
     except ShardError:
         return "unfinished"
 

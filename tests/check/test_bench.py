@@ -15,7 +15,8 @@ from test_cli import call
 
 from wds_convnext.check.advice import BenchReport, Stages, WorkerRate, advise
 from wds_convnext.check.bench import Loads, Progress, TimedReader, TimedTransform
-from wds_convnext.shards.reader import SampleReader, open_shards
+from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import num_workers
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.transforms import TrainTransform
@@ -61,10 +62,10 @@ def manifest(tmp_path_factory):
 
 
 def new_loads(manifest, *, batch_size=4, color_jitter=0.4, seconds=0.01) -> Loads:
-    shard_set = open_shards(str(manifest))
+    dataset = open_dataset(str(manifest))
     return Loads(
-        shard_set,
-        TrainOrder(shard_set.sizes, 0, batch_size, 100),
+        dataset,
+        TrainOrder(dataset.sizes, 0, batch_size, 100),
         TrainTransform(32, color_jitter=color_jitter),
         batch_size=batch_size,
         seconds=seconds,
@@ -190,7 +191,7 @@ def test_what_is_timed_is_the_transform_itself(color_jitter):
 
 def test_what_is_timed_is_the_reader_itself(manifest):
     spent = Counter()
-    with closing(SampleReader(open_shards(str(manifest)).shards)) as reader:
+    with closing(SampleReader(open_dataset(str(manifest)).shards)) as reader:
         assert TimedReader(reader, spent).read(2, 5) == reader.read(2, 5)
         assert TimedReader(reader, spent).describe(2, 5) == reader.describe(2, 5)
     assert spent["read"] > 0

@@ -12,7 +12,8 @@ from conftest import command, encode_image, run, sample_members, write_shards, w
 from wds_convnext.check.index import index_shards, read_class_names
 from wds_convnext.check.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.shards.reader import SampleReader, open_shards
+from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import read_manifest
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import ShardStream
@@ -62,11 +63,9 @@ def test_labels_in_a_json_field_are_read_without_an_option_from_then_on(tmp_path
 
     index(tmp_path, label_field="class")
 
-    shard_set = open_shards(str(tmp_path))
-    assert (shard_set.label_field, shard_set.num_classes) == ("class", 3)
-    stream = ShardStream(
-        shard_set, EvalOrder(shard_set.sizes), batch_size=7, transform=_black_square
-    )
+    dataset = open_dataset(str(tmp_path))
+    assert (dataset.label_field, dataset.num_classes) == ("class", 3)
+    stream = ShardStream(dataset, EvalOrder(dataset.sizes), batch_size=7, transform=_black_square)
     (batch,) = stream
     assert batch.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert verify(str(tmp_path), quiet=True).problems == ()
@@ -199,7 +198,7 @@ def test_splits_with_labels_in_different_fields_are_not_mixed(tmp_path):
     index(tmp_path / "b", label_field="kind")
 
     with pytest.raises(ShardError, match="different .json fields"):
-        open_shards(f"{tmp_path}/a/00000.tar,{tmp_path}/b/00000.tar")
+        open_dataset(f"{tmp_path}/a/00000.tar,{tmp_path}/b/00000.tar")
 
 
 @pytest.mark.slow
@@ -213,7 +212,7 @@ def test_the_command_line_indexes_with_several_processes(tmp_path):
 
     (about,) = json.load(io.StringIO(result.stdout)).values()
     assert about == {"num_samples": 9, "num_shards": 3, "num_classes": 3}
-    shard_set = open_shards(str(tmp_path))
-    reader = SampleReader(shard_set.shards, label_field=shard_set.label_field)
+    dataset = open_dataset(str(tmp_path))
+    reader = SampleReader(dataset.shards, label_field=dataset.label_field)
     assert [reader.read_label(1, sample) for sample in range(3)] == [1, 2, 0]
-    assert shard_set.class_names == ("ant", "bee", "cat")
+    assert dataset.class_names == ("ant", "bee", "cat")

@@ -35,7 +35,7 @@ def test_counts_are_those_of_the_data(shards):
 
     assert [len(summary.image_bytes) for summary in (test, train, validation)] == [11, 50, 13]
     assert train.class_counts.tolist() == [13, 13, 12, 12]
-    assert train.shard_set.sizes.tolist() == [21, 1, 28]
+    assert train.dataset.sizes.tolist() == [21, 1, 28]
     assert train.survey.formats == {"jpg": 50}
     assert train.survey.short_sides == {20: 50}
     assert train.survey.long_sides == {24: 50}

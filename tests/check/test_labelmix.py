@@ -12,7 +12,8 @@ from wds_convnext.check.labelmix import (
     measure_label_mix,
     shards_opened,
 )
-from wds_convnext.shards.reader import SampleReader, open_shards
+from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.order import TrainOrder
 
 SORTED_LABELS = np.repeat(np.arange(100), 200)  # 20,000 samples
@@ -69,13 +70,13 @@ def test_buffers_over_the_data_set_are_one_line():
 @pytest.mark.parametrize("max_open", [1, 3, 128])
 def test_shards_are_opened_as_announced(tmp_path, world_size, max_open):
     """Counted by the reader itself, while it reads what rank 0 is due."""
-    shard_set = open_shards(str(write_shards(tmp_path, [4, 3, 5, 1, 6])))
-    order = TrainOrder(shard_set.sizes, 0, 4 * world_size, 6, num_lanes=2)
+    dataset = open_dataset(str(write_shards(tmp_path, [4, 3, 5, 1, 6])))
+    order = TrainOrder(dataset.sizes, 0, 4 * world_size, 6, num_lanes=2)
     place = {"batch_size": 4, "world_size": world_size}
 
     announced = shards_opened(order, num_steps=40, max_open=max_open, **place)
 
-    with closing(SampleReader(shard_set.shards, max_open=max_open)) as reader:
+    with closing(SampleReader(dataset.shards, max_open=max_open)) as reader:
         for index in range(40):
             refs = order.micro_batch(index, rank=0, **place)
             for shard, sample in zip(refs.shard, refs.sample):

@@ -18,7 +18,8 @@ from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows
 
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
-from wds_convnext.shards.reader import SampleReader, open_shards
+from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import read_manifest
 
 TESTS = Path(__file__).parents[1]
@@ -109,16 +110,16 @@ def test_our_reader_reads_what_was_written(source, tmp_path):
     """Offsets, labels, sizes and checksums of manifest and sidecars fit the shards."""
     convert(source, tmp_path / "out")
 
-    shard_set = open_shards(str(tmp_path / "out/train.json"))
+    dataset = open_dataset(str(tmp_path / "out/train.json"))
 
-    reader = SampleReader(shard_set.shards)
+    reader = SampleReader(dataset.shards)
     read = [
         reader.read(shard, sample)
-        for shard, size in enumerate(shard_set.sizes)
+        for shard, size in enumerate(dataset.sizes)
         for sample in range(size)
     ]
     assert read == [(image, label) for _, image, label in samples_of(tmp_path / "out")]
-    assert shard_set.class_names == ("ant", "bee", "cat", "dog")
+    assert dataset.class_names == ("ant", "bee", "cat", "dog")
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"num_shards": 5}])
@@ -227,7 +228,7 @@ def test_killed_at_random_moments_with_several_jobs_it_finishes_with_equal_bytes
         else:
             num_unfinished += (out / "train.partial").exists()
             with pytest.raises(ShardError):
-                open_shards(f"{out}/train-*.tar")
+                open_dataset(f"{out}/train-*.tar")
     assert num_unfinished > 2
     assert start_process(source, out, num_shards=40, jobs=3).wait() == 0
 
@@ -455,8 +456,8 @@ def test_all_formats_keep_their_extension_and_are_reported(tmp_path):
     assert split.survey.unusual["mode CMYK"] == 1
     assert "train: 6 samples, 4 classes, 1 shard, " in str(report)
     assert "next: wds-convnext verify" in str(report)
-    shard_set = open_shards(str(tmp_path / "out/train.json"))
-    assert SampleReader(shard_set.shards).read(0, 2) == (images[2], 0)
+    dataset = open_dataset(str(tmp_path / "out/train.json"))
+    assert SampleReader(dataset.shards).read(0, 2) == (images[2], 0)
 
 
 def test_a_pillow_decode_finds_what_the_header_hides(tmp_path):

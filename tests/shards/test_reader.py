@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.reader import SampleReader, find_validation, load_index, open_shards
+from wds_convnext.shards.dataset import find_validation, open_dataset
+from wds_convnext.shards.reader import SampleReader, load_index
 from wds_convnext.shards.spec import Shard, read_manifest
 from wds_convnext.shards.tar import BLOCK, format_sidecar, index_samples, sidecar_path, walk_tar
 
@@ -331,13 +332,13 @@ def test_shards_with_a_manifest_are_opened_as_it_says(tmp_path):
     """Sizes, class names and data set; no shard is read for it, only its size compared."""
     manifest = write_shards(tmp_path, [3, 0, 2])
 
-    shard_set = open_shards(f"{tmp_path}/train-<000..002>.tar")
+    dataset = open_dataset(f"{tmp_path}/train-<000..002>.tar")
 
-    assert shard_set.shards == read_manifest(manifest).shards
-    assert shard_set.sizes.tolist() == [3, 0, 2]
-    assert (shard_set.dataset, shard_set.split) == ("pictures", "train")
-    assert shard_set.class_names == tuple(CLASS_NAMES)
-    assert shard_set.digest == open_shards(str(manifest)).digest
+    assert dataset.shards == read_manifest(manifest).shards
+    assert dataset.sizes.tolist() == [3, 0, 2]
+    assert (dataset.name, dataset.split) == ("pictures", "train")
+    assert dataset.class_names == tuple(CLASS_NAMES)
+    assert dataset.digest == open_dataset(str(manifest)).digest
 
 
 @pytest.mark.parametrize("spec", ["//train-<000..001>.tar", "/./train-{000..001}.tar", "/train-*"])
@@ -345,10 +346,10 @@ def test_a_manifest_is_found_however_the_path_is_spelt(tmp_path, spec):
     """`"$DATA/train-<000..001>.tar"` has two slashes where DATA ends in one."""
     write_shards(tmp_path, [3, 2])
 
-    shard_set = open_shards(f"{tmp_path}{spec}")
+    dataset = open_dataset(f"{tmp_path}{spec}")
 
-    assert shard_set.sizes.tolist() == [3, 2]
-    assert shard_set.class_names == tuple(CLASS_NAMES)
+    assert dataset.sizes.tolist() == [3, 2]
+    assert dataset.class_names == tuple(CLASS_NAMES)
 
 
 def test_shards_without_a_manifest_are_surveyed(tmp_path):
@@ -362,13 +363,13 @@ def test_shards_without_a_manifest_are_surveyed(tmp_path):
             seen.append(path)
             yield path
 
-    shard_set = open_shards(str(tmp_path), progress=progress)
+    dataset = open_dataset(str(tmp_path), progress=progress)
 
-    assert shard_set.sizes.tolist() == [3, 2]
-    assert shard_set.class_names == ("0", "1", "2")
-    assert seen == [shard.path for shard in shard_set.shards]
-    assert [shard.num_bytes for shard in shard_set.shards] == list(map(os.path.getsize, seen))
-    assert read_all(SampleReader(shard_set.shards)) == pairs(
+    assert dataset.sizes.tolist() == [3, 2]
+    assert dataset.class_names == ("0", "1", "2")
+    assert seen == [shard.path for shard in dataset.shards]
+    assert [shard.num_bytes for shard in dataset.shards] == list(map(os.path.getsize, seen))
+    assert read_all(SampleReader(dataset.shards)) == pairs(
         sample_members(3) + sample_members(2, start=5)
     )
 
@@ -419,7 +420,7 @@ def test_shards_that_do_not_fit_end_in_one_line(tmp_path, damage, spec, message)
     damage(tmp_path)
 
     with pytest.raises(ShardError) as error:
-        open_shards(f"{tmp_path}/{spec}")
+        open_dataset(f"{tmp_path}/{spec}")
 
     assert message.format(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -437,11 +438,11 @@ def test_shards_that_do_not_fit_end_in_one_line(tmp_path, damage, spec, message)
 )
 def test_validation_shards_are_found_by_name(tmp_path, files, expected):
     """Beside the training shards: `validation` before `val`, a manifest before its shards."""
-    train_set = open_shards(str(write_shards(tmp_path, [1])))
+    train_data = open_dataset(str(write_shards(tmp_path, [1])))
     for name in files:
         (tmp_path / name).touch()
 
-    found = find_validation(train_set)
+    found = find_validation(train_data)
 
     assert found == (expected and f"{tmp_path}/{expected}")
 

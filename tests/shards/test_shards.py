@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import ShardError
+from wds_convnext.files import write_atomically
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.spec import (
     Manifest,
     Shard,
-    ShardSet,
     expand_spec,
     manifest_path,
     read_manifest,
     split_of,
     staging_path,
-    write_atomically,
 )
 
 
@@ -331,7 +331,7 @@ def test_the_digest_tells_shard_sets_apart():
         (one, Shard("a/t-2.tar", 5, 100, "y")),
     ]
 
-    digests = [ShardSet("d", "t", shards, ()).digest for shards in [(one, two), moved, *others]]
+    digests = [Dataset("d", "t", shards, ()).digest for shards in [(one, two), moved, *others]]
 
     assert digests[0] == digests[1]
     assert len(set(digests[1:])) == len(others) + 1

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError, TrainingError
 from wds_convnext.rng import uniform
-from wds_convnext.shards.reader import SampleReader, open_shards
-from wds_convnext.shards.spec import ShardSet
+from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import Slots
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
@@ -34,26 +34,26 @@ EVAL = EvalTransform(16)
 
 
 @pytest.fixture(scope="module")
-def shard_set(tmp_path_factory) -> ShardSet:
+def dataset(tmp_path_factory) -> Dataset:
     """Uneven shards, all whole."""
-    return open_shards(str(write_shards(tmp_path_factory.mktemp("whole"), SIZES)))
+    return open_dataset(str(write_shards(tmp_path_factory.mktemp("whole"), SIZES)))
 
 
 @pytest.fixture
-def damaged_set(tmp_path) -> ShardSet:
+def damaged_set(tmp_path) -> Dataset:
     """The same shards, but samples 2, 3 and 20 do not decode."""
-    return damage_images(open_shards(str(write_shards(tmp_path, SIZES))), [(0, 2), (0, 3), (3, 0)])
+    return damage_images(open_dataset(str(write_shards(tmp_path, SIZES))), [(0, 2), (0, 3), (3, 0)])
 
 
-def damage_images(shard_set: ShardSet, places: list[tuple[int, int]]) -> ShardSet:
+def damage_images(dataset: Dataset, places: list[tuple[int, int]]) -> Dataset:
     """Overwrite the first bytes of some images, in place."""
-    reader = SampleReader(shard_set.shards)
+    reader = SampleReader(dataset.shards)
     for shard, sample in places:
         where = reader.describe(shard, sample)
         with open(where["shard"], "r+b") as file:
             file.seek(where["offset"])
             file.write(b"no jpeg!")
-    return shard_set
+    return dataset
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +65,14 @@ def no_workers_left():
         process.join()
 
 
-def train_order(shard_set: ShardSet, *, global_batch=4, buffer=8, seed=3) -> TrainOrder:
-    return TrainOrder(shard_set.sizes, seed, global_batch, buffer, num_lanes=4)
+def train_order(dataset: Dataset, *, global_batch=4, buffer=8, seed=3) -> TrainOrder:
+    return TrainOrder(dataset.sizes, seed, global_batch, buffer, num_lanes=4)
 
 
-def train_stream(shard_set: ShardSet, *, batch_size=4, start=0, rank=0, world_size=1, **order):
+def train_stream(dataset: Dataset, *, batch_size=4, start=0, rank=0, world_size=1, **order):
     return ShardStream(
-        shard_set,
-        train_order(shard_set, **order),
+        dataset,
+        train_order(dataset, **order),
         batch_size=batch_size,
         transform=TRAIN,
         rank=rank,
@@ -81,10 +81,10 @@ def train_stream(shard_set: ShardSet, *, batch_size=4, start=0, rank=0, world_si
     )
 
 
-def eval_stream(shard_set: ShardSet, *, batch_size=4, rank=0, world_size=1) -> ShardStream:
+def eval_stream(dataset: Dataset, *, batch_size=4, rank=0, world_size=1) -> ShardStream:
     return ShardStream(
-        shard_set,
-        EvalOrder(shard_set.sizes),
+        dataset,
+        EvalOrder(dataset.sizes),
         batch_size=batch_size,
         transform=EVAL,
         rank=rank,
@@ -116,12 +116,12 @@ def concatenated(batches: list[Batch]) -> Batch:
     )
 
 
-def test_a_batch_is_its_orders_samples_transformed(shard_set):
+def test_a_batch_is_its_orders_samples_transformed(dataset):
     """uint8 pixels and labels of the samples that the order names, drawn for (epoch, sample)."""
-    order = train_order(shard_set)
-    reader = SampleReader(shard_set.shards)
+    order = train_order(dataset)
+    reader = SampleReader(dataset.shards)
 
-    batches = take(train_stream(shard_set), 8)
+    batches = take(train_stream(dataset), 8)
 
     for step, batch in enumerate(batches):
         refs = order.micro_batch(step, batch_size=4, rank=0, world_size=1)
@@ -136,9 +136,9 @@ def test_a_batch_is_its_orders_samples_transformed(shard_set):
         assert batch.bad_samples == []
 
 
-def test_augmentation_changes_with_the_epoch(shard_set):
+def test_augmentation_changes_with_the_epoch(dataset):
     """The same sample gets another crop in the next epoch, and the same one when asked again."""
-    stream = train_stream(shard_set, batch_size=23, global_batch=23, buffer=23)
+    stream = train_stream(dataset, batch_size=23, global_batch=23, buffer=23)
     numbers = [stream.order.global_batch(step).number for step in range(2)]
 
     first, second = take(stream, 2)
@@ -158,9 +158,9 @@ def test_the_stream_is_the_same_for_any_number_of_workers(damaged_set, workers):
     assert_same(take(train_stream(damaged_set), 13, workers=workers), straight)
 
 
-def test_a_slow_trainer_sees_the_same_stream(shard_set, monkeypatch):
+def test_a_slow_trainer_sees_the_same_stream(dataset, monkeypatch):
     """No worker writes into a slot that has not been copied yet, however long that takes."""
-    straight = take(train_stream(shard_set), 8)
+    straight = take(train_stream(dataset), 8)
     images = Slots.images
 
     def slow_images(slots, worker, slot):
@@ -170,28 +170,28 @@ def test_a_slow_trainer_sees_the_same_stream(shard_set, monkeypatch):
 
     monkeypatch.setattr(Slots, "images", slow_images)
 
-    assert_same(take(train_stream(shard_set), 8, workers=2), straight)
+    assert_same(take(train_stream(dataset), 8, workers=2), straight)
 
 
-def test_the_stream_is_the_same_from_spawned_workers(shard_set, monkeypatch):
+def test_the_stream_is_the_same_from_spawned_workers(dataset, monkeypatch):
     """As on systems without a safe fork."""
     monkeypatch.setattr("wds_convnext.stream.loader.START_METHOD", "spawn")
 
-    spawned = take(train_stream(shard_set), 7, workers=2)
+    spawned = take(train_stream(dataset), 7, workers=2)
 
-    assert_same(spawned, take(train_stream(shard_set), 7))
+    assert_same(spawned, take(train_stream(dataset), 7))
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize(("start", "accumulate"), [(0, 1), (2, 1), (6, 2)])
-def test_validation_comes_in_its_place_and_changes_nothing(shard_set, workers, start, accumulate):
+def test_validation_comes_in_its_place_and_changes_nothing(dataset, workers, start, accumulate):
     """After each step that is due the whole split, then the training stream goes on."""
-    train = train_stream(shard_set, start=start)
+    train = train_stream(dataset, start=start)
     stream = ValidatedStream(
-        train, eval_stream(shard_set), accumulate=accumulate, is_due={2, 4}.__contains__
+        train, eval_stream(dataset), accumulate=accumulate, is_due={2, 4}.__contains__
     )
     training = take(train, 10 - start)
-    validation = list(make_loader(eval_stream(shard_set), workers=0))
+    validation = list(make_loader(eval_stream(dataset), workers=0))
     expected = []
     for number, batch in enumerate(training, start + 1):
         expected += [batch, *(validation if number / accumulate in (2, 4) else [])]
@@ -201,11 +201,11 @@ def test_validation_comes_in_its_place_and_changes_nothing(shard_set, workers, s
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("start", [1, 4, 5])
-def test_a_stream_that_starts_later_is_the_tail(shard_set, workers, start):
+def test_a_stream_that_starts_later_is_the_tail(dataset, workers, start):
     """Resumed at any batch, with any number of workers."""
-    straight = take(train_stream(shard_set), 10)
+    straight = take(train_stream(dataset), 10)
 
-    tail = take(train_stream(shard_set, start=start), 10 - start, workers=workers)
+    tail = take(train_stream(dataset, start=start), 10 - start, workers=workers)
 
     assert_same(tail, straight[start:])
 
@@ -249,10 +249,10 @@ def concatenated_steps(batches: list[Batch], accumulate: int) -> list[Batch]:
 )
 def test_every_sample_comes_once_per_epoch(tmp_path_factory, sizes, batch_size, buffer):
     """For any shards, batch size and buffer: N batches of B are B epochs of N samples."""
-    shard_set = open_shards(str(write_shards(tmp_path_factory.mktemp("once"), sizes)))
+    dataset = open_dataset(str(write_shards(tmp_path_factory.mktemp("once"), sizes)))
     num_samples = sum(sizes)
-    order = train_order(shard_set, global_batch=batch_size, buffer=buffer)
-    stream = ShardStream(shard_set, order, batch_size=batch_size, decode=False)
+    order = train_order(dataset, global_batch=batch_size, buffer=buffer)
+    stream = ShardStream(dataset, order, batch_size=batch_size, decode=False)
 
     samples = islice(stream, num_samples * batch_size)
 
@@ -263,12 +263,12 @@ def test_every_sample_comes_once_per_epoch(tmp_path_factory, sizes, batch_size, 
 @pytest.mark.parametrize("workers", [0, 2, 5])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [4, 23, 30])
-def test_evaluation_sees_every_sample_once(shard_set, workers, world_size, batch_size):
+def test_evaluation_sees_every_sample_once(dataset, workers, world_size, batch_size):
     """All ranks take the same number of full batches; the padding is not real."""
     by_rank = [
         list(
             make_loader(
-                eval_stream(shard_set, batch_size=batch_size, rank=rank, world_size=world_size),
+                eval_stream(dataset, batch_size=batch_size, rank=rank, world_size=world_size),
                 workers=workers,
             )
         )
@@ -310,15 +310,13 @@ def test_a_bad_sample_is_replaced_and_listed(damaged_set):
     assert reader.describe(0, 2)["key"] == "0002"
 
 
-def test_a_replacement_moves_no_other_sample(shard_set, damaged_set):
+def test_a_replacement_moves_no_other_sample(dataset, damaged_set):
     """All other pixels and labels are those of the whole shards."""
-    whole = concatenated(take(train_stream(shard_set), 6))
+    whole = concatenated(take(train_stream(dataset), 6))
 
     damaged = concatenated(take(train_stream(damaged_set), 6))
 
-    numbers = np.concatenate(
-        [train_order(shard_set).global_batch(step).number for step in range(6)]
-    )
+    numbers = np.concatenate([train_order(dataset).global_batch(step).number for step in range(6)])
     same = torch.tensor([torch.equal(a, b) for a, b in zip(whole.images, damaged.images)])
     assert same.tolist() == [number not in (2, 3, 20) for number in numbers]
 
@@ -337,30 +335,30 @@ def test_evaluation_leaves_a_bad_sample_out(damaged_set, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_in_which_nothing_decodes_stops_the_run(tmp_path, workers):
     """There is no sample of it to take the place of another."""
-    shard_set = open_shards(str(write_shards(tmp_path, [3])))
-    damage_images(shard_set, [(0, 0), (0, 1), (0, 2)])
+    dataset = open_dataset(str(write_shards(tmp_path, [3])))
+    damage_images(dataset, [(0, 0), (0, 1), (0, 2)])
 
     with pytest.raises(TrainingError) as error:
-        take(train_stream(shard_set), 1, workers=workers)
+        take(train_stream(dataset), 1, workers=workers)
 
-    assert f"{shard_set.shards[0].path}: no sample that decodes from " in str(error.value)
+    assert f"{dataset.shards[0].path}: no sample that decodes from " in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def relabel(shard_set: ShardSet, label: bytes) -> None:
+def relabel(dataset: Dataset, label: bytes) -> None:
     """Give the first sample another label, of one byte."""
-    reader = SampleReader(shard_set.shards)
-    whole = Path(shard_set.shards[0].path).read_bytes()
+    reader = SampleReader(dataset.shards)
+    whole = Path(dataset.shards[0].path).read_bytes()
     at = int(reader._index(0).label_offset[0])
-    Path(shard_set.shards[0].path).write_bytes(whole[:at] + label + whole[at + 1 :])
+    Path(dataset.shards[0].path).write_bytes(whole[:at] + label + whole[at + 1 :])
 
 
-def cut(shard_set: ShardSet) -> None:
-    os.truncate(shard_set.shards[0].path, 1000)
+def cut(dataset: Dataset) -> None:
+    os.truncate(dataset.shards[0].path, 1000)
 
 
-def remove(shard_set: ShardSet) -> None:
-    os.unlink(shard_set.shards[0].path)
+def remove(dataset: Dataset) -> None:
+    os.unlink(dataset.shards[0].path)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -369,12 +367,12 @@ def remove(shard_set: ShardSet) -> None:
     ("damage", "error_class", "message"),
     [
         (
-            lambda shard_set: relabel(shard_set, b"9"),
+            lambda dataset: relabel(dataset, b"9"),
             ShardError,
             "{}, key 0000: label 9 is outside the 4 classes. Run make shards again.",
         ),
         (
-            lambda shard_set: relabel(shard_set, b"x"),
+            lambda dataset: relabel(dataset, b"x"),
             DataError,
             "{}, key 0000: the label b'x' is not an integer. Labels are class numbers, in .cls "
             "or in the field 'label' of .json.",
@@ -392,24 +390,24 @@ def test_an_error_of_a_worker_arrives_as_itself(
     tmp_path, workers, stream, damage, error_class, message
 ):
     """The exception with its one line, not a worker's traceback in a RuntimeError."""
-    shard_set = open_shards(str(write_shards(tmp_path, [3])))
-    damage(shard_set)
+    dataset = open_dataset(str(write_shards(tmp_path, [3])))
+    damage(dataset)
 
     with pytest.raises(error_class) as error:
-        take(stream(shard_set), 1, workers=workers)
+        take(stream(dataset), 1, workers=workers)
 
     assert type(error.value) is error_class
-    assert str(error.value) == message.format(shard_set.shards[0].path)
+    assert str(error.value) == message.format(dataset.shards[0].path)
 
 
 def test_batches_before_an_error_are_handed_over(tmp_path):
     """With several workers too, the error comes in its batch's turn."""
-    shard_set = open_shards(str(write_shards(tmp_path, [8])))
-    where = SampleReader(shard_set.shards).describe(0, 6)
+    dataset = open_dataset(str(write_shards(tmp_path, [8])))
+    where = SampleReader(dataset.shards).describe(0, 6)
     with open(where["shard"], "r+b") as file:
         file.seek(where["offset"] - 512)
         file.write(bytes(512))
-    batches = make_loader(eval_stream(shard_set, batch_size=2), workers=3)
+    batches = make_loader(eval_stream(dataset, batch_size=2), workers=3)
 
     labels = [next(batches).labels.tolist() for _ in range(3)]
 
@@ -421,9 +419,9 @@ def test_batches_before_an_error_are_handed_over(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("while_waiting", [True, False])
-def test_a_killed_worker_ends_in_one_line_about_memory(shard_set, victim, while_waiting):
+def test_a_killed_worker_ends_in_one_line_about_memory(dataset, victim, while_waiting):
     """Not in a hang, and at a batch only: never in the middle of the trainer's own work."""
-    batches = make_loader(train_stream(shard_set), workers=2)
+    batches = make_loader(train_stream(dataset), workers=2)
     next(batches)
     worker = workers_of_this_process()[victim]
 
@@ -447,10 +445,10 @@ class Buggy(EvalTransform):
         raise RuntimeError("a bug")
 
 
-def test_a_bug_in_a_worker_leaves_as_itself(shard_set):
+def test_a_bug_in_a_worker_leaves_as_itself(dataset):
     """It is not taken for a lack of memory."""
-    order = train_order(shard_set)
-    stream = ShardStream(shard_set, order, batch_size=4, transform=Buggy(16))
+    order = train_order(dataset)
+    stream = ShardStream(dataset, order, batch_size=4, transform=Buggy(16))
 
     with pytest.raises(RuntimeError, match="a bug"):
         take(stream, 1, workers=1)
@@ -459,7 +457,7 @@ def test_a_bug_in_a_worker_leaves_as_itself(shard_set):
 UNCAUGHT = """
 import sys
 from test_stream import *
-batches = make_loader(train_stream(open_shards(sys.argv[1])), workers=2)
+batches = make_loader(train_stream(open_dataset(sys.argv[1])), workers=2)
 next(batches)
 raise SystemError("a bug of the trainer")
 """
@@ -483,9 +481,9 @@ def workers_of_this_process() -> list[multiprocessing.Process]:
     return sorted(multiprocessing.active_children(), key=lambda process: process.pid)
 
 
-def test_workers_outlive_the_signals_that_stop_a_run(shard_set):
+def test_workers_outlive_the_signals_that_stop_a_run(dataset):
     """A signal to the whole process group reaches them too; the trainer decides when to stop."""
-    batches = make_loader(train_stream(shard_set), workers=2)
+    batches = make_loader(train_stream(dataset), workers=2)
     taken = [next(batches)]
 
     for process in workers_of_this_process():
@@ -494,26 +492,26 @@ def test_workers_outlive_the_signals_that_stop_a_run(shard_set):
     taken += [next(batches) for _ in range(6)]
 
     batches.close()
-    assert_same(taken, take(train_stream(shard_set), 7))
+    assert_same(taken, take(train_stream(dataset), 7))
 
 
-def test_a_loader_without_workers_leaves_no_shard_open(shard_set):
+def test_a_loader_without_workers_leaves_no_shard_open(dataset):
     """However many evaluations a run makes in its own process."""
     gc.collect()  # what earlier tests left
     before = len(os.listdir("/dev/fd"))
 
     for _ in range(3):
-        assert len(list(make_loader(eval_stream(shard_set), workers=0))) == 6
-        take(train_stream(shard_set), 2)
+        assert len(list(make_loader(eval_stream(dataset), workers=0))) == 6
+        take(train_stream(dataset), 2)
 
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_a_loader_leaves_no_process_behind(shard_set):
+def test_a_loader_leaves_no_process_behind(dataset):
     """Whether its stream came to its end or was closed before."""
     for _ in range(3):
-        assert len(list(make_loader(eval_stream(shard_set), workers=2))) == 6
-        take(train_stream(shard_set), 2, workers=2)
+        assert len(list(make_loader(eval_stream(dataset), workers=2))) == 6
+        take(train_stream(dataset), 2, workers=2)
 
     assert workers_of_this_process() == []
 
@@ -533,16 +531,16 @@ def test_without_decoding_it_is_a_first_stage_of_a_webdataset_pipeline(tmp_path)
         captions = [(name.replace(".cls", ".txt"), b"a caption") for name, _ in members[1::2]]
         triples = zip(members[::2], members[1::2], captions)
         write_tar(tmp_path / f"train-{i:03d}.tar", [m for triple in triples for m in triple])
-    shard_set = open_shards(str(tmp_path))
-    order = train_order(shard_set, global_batch=7, buffer=7)
-    stream = ShardStream(shard_set, order, batch_size=7, decode=False)
+    dataset = open_dataset(str(tmp_path))
+    order = train_order(dataset, global_batch=7, buffer=7)
+    stream = ShardStream(dataset, order, batch_size=7, decode=False)
     pipeline = webdataset.DataPipeline(
         stream, webdataset.map(lambda sample: sample), webdataset.slice(7)
     )
 
     ours = list(pipeline)
 
-    theirs = list(webdataset.WebDataset([s.path for s in shard_set.shards], shardshuffle=False))
+    theirs = list(webdataset.WebDataset([s.path for s in dataset.shards], shardshuffle=False))
     assert samples_by_key(ours) == samples_by_key(theirs)
     assert len(ours) == 7
     numbers = order.global_batch(0).number
@@ -550,9 +548,9 @@ def test_without_decoding_it_is_a_first_stage_of_a_webdataset_pipeline(tmp_path)
     assert [s["__key__"] for s in ours] != [s["__key__"] for s in theirs]
 
 
-def test_a_webdataset_pipeline_decodes_on_top_of_the_stream(shard_set):
+def test_a_webdataset_pipeline_decodes_on_top_of_the_stream(dataset):
     """Its own stages after ours: decode to arrays, to tuples, to batches."""
-    stream = ShardStream(shard_set, EvalOrder(shard_set.sizes), batch_size=4, decode=False)
+    stream = ShardStream(dataset, EvalOrder(dataset.sizes), batch_size=4, decode=False)
     pipeline = webdataset.DataPipeline(
         stream,
         webdataset.decode("rgb8"),
@@ -567,7 +565,7 @@ def test_a_webdataset_pipeline_decodes_on_top_of_the_stream(shard_set):
     assert batches[0][0].shape == (5, 20, 24, 3)
 
 
-def test_a_stream_that_decodes_needs_a_transform(shard_set):
+def test_a_stream_that_decodes_needs_a_transform(dataset):
     """Said when it is made, not in a worker."""
     with pytest.raises(ValueError, match="decoding needs a transform"):
-        ShardStream(shard_set, train_order(shard_set), batch_size=4)
+        ShardStream(dataset, train_order(dataset), batch_size=4)

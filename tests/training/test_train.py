@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import TrainingError
-from wds_convnext.shards.reader import SampleReader, open_shards
+from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import TrainTransform
@@ -356,10 +357,10 @@ def test_skipping_ends_at_max_skips_in_a_row(poison):
 
 def test_our_adamp_gives_the_learning_curve_of_timms(shards, one_thread):
     """Forty whole steps on real images, mixing and stochastic depth on: the same losses."""
-    train_set = open_shards(str(shards / "train.json"))
+    train_data = open_dataset(str(shards / "train.json"))
     stream = ShardStream(
-        train_set,
-        TrainOrder(train_set.sizes, **ORDER),
+        train_data,
+        TrainOrder(train_data.sizes, **ORDER),
         batch_size=8,
         transform=TrainTransform(32),
     )
@@ -411,9 +412,9 @@ def test_an_overflow_of_the_scaled_gradient_only_skips():
 
 
 def keys_of_step(shards, step: int) -> list[str]:
-    train_set = open_shards(str(shards / "train.json"))
-    refs = TrainOrder(train_set.sizes, **ORDER).global_batch(step)
-    with closing(SampleReader(train_set.shards)) as reader:
+    train_data = open_dataset(str(shards / "train.json"))
+    refs = TrainOrder(train_data.sizes, **ORDER).global_batch(step)
+    with closing(SampleReader(train_data.shards)) as reader:
         return [reader.describe(*map(int, place))["key"] for place in zip(refs.shard, refs.sample)]
 
 
@@ -601,13 +602,13 @@ def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
 
     subprocess.run([sys.executable, TOOLS / "make_sample.py", tmp_path / "digits"], check=True)
     reshard(str(tmp_path / "digits"), str(tmp_path / "shards"), quiet=True)
-    shard_set = open_shards(str(tmp_path / "shards" / "train.json"))
+    dataset = open_dataset(str(tmp_path / "shards" / "train.json"))
     size = {"image_size": 32, "batch_size": 16}
-    batches = bench_precision.first_batches(shard_set, **size, steps=200)
+    batches = bench_precision.first_batches(dataset, **size, steps=200)
     config = tiny_config(lr=2e-3, **size, **NO_MIXING)
 
     plain, ours, nudged = (
-        bench_precision.losses_of(config, batches, shard_set.num_classes, **options)
+        bench_precision.losses_of(config, batches, dataset.num_classes, **options)
         for options in ({}, {"is_timms": False}, {"change": bench_precision.nudge})
     )
 

@@ -104,16 +104,16 @@ def link(files: list[Path], folder: Path, name: str = "train-{:05}") -> list[Pat
 
 def ours(folder: Path, case: Case) -> Iterator:
     """make_loader as training uses it."""
-    from wds_convnext.shards.reader import open_shards
+    from wds_convnext.shards.dataset import open_dataset
     from wds_convnext.stream.order import TrainOrder
     from wds_convnext.stream.stream import ShardStream, make_loader
     from wds_convnext.stream.transforms import TrainTransform
 
-    shard_set = open_shards(str(folder / "shards" / "train.json"))
-    buffer = case.shuffle_buffer or shard_set.num_samples
-    order = TrainOrder(shard_set.sizes, 0, BATCH_SIZE, buffer)
+    dataset = open_dataset(str(folder / "shards" / "train.json"))
+    buffer = case.shuffle_buffer or dataset.num_samples
+    order = TrainOrder(dataset.sizes, 0, BATCH_SIZE, buffer)
     transform = TrainTransform(IMAGE_SIZE)
-    stream = ShardStream(shard_set, order, batch_size=BATCH_SIZE, transform=transform)
+    stream = ShardStream(dataset, order, batch_size=BATCH_SIZE, transform=transform)
     return make_loader(stream, workers=case.workers)
 
 

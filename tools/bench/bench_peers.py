@@ -40,15 +40,15 @@ def ours(setting: Setting, *, shards: str = "shards", color_jitter: float = 0.0)
 
 
 def _our_stream(setting: Setting, shards: str = "shards", color_jitter: float = 0.0):
-    from wds_convnext.shards.reader import open_shards
+    from wds_convnext.shards.dataset import open_dataset
     from wds_convnext.stream.order import TrainOrder
     from wds_convnext.stream.stream import ShardStream
     from wds_convnext.stream.transforms import TrainTransform
 
-    shard_set = open_shards(str(setting.formats / shards / "train.json"))
-    order = TrainOrder(shard_set.sizes, 0, setting.batch_size, 100_000)
+    dataset = open_dataset(str(setting.formats / shards / "train.json"))
+    order = TrainOrder(dataset.sizes, 0, setting.batch_size, 100_000)
     transform = TrainTransform(setting.image_size, color_jitter=color_jitter)
-    return ShardStream(shard_set, order, batch_size=setting.batch_size, transform=transform)
+    return ShardStream(dataset, order, batch_size=setting.batch_size, transform=transform)
 
 
 def our_threads(setting: Setting) -> Iterator:
@@ -75,9 +75,10 @@ def our_threads(setting: Setting) -> Iterator:
 
 def bare_loop(setting: Setting) -> Iterator:
     """The ceiling: same images, same transform, no loader."""
-    from wds_convnext.shards.reader import SampleReader, open_shards
+    from wds_convnext.shards.dataset import open_dataset
+    from wds_convnext.shards.reader import SampleReader
 
-    shards = open_shards(str(setting.formats / "shards" / "train.json")).shards
+    shards = open_dataset(str(setting.formats / "shards" / "train.json")).shards
     reader = SampleReader(shards)
     images = [
         reader.read(i, j)[0] for i in range(len(shards)) for j in range(shards[i].num_samples)

@@ -31,8 +31,7 @@ import timm
 import torch
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.shards.reader import open_shards
-from wds_convnext.shards.spec import ShardSet
+from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import TrainTransform
@@ -44,13 +43,13 @@ from wds_convnext.training.step import train_step
 OFF = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "label_smoothing": 0.0}
 
 
-def first_batches(shard_set: ShardSet, *, image_size: int, batch_size: int, steps: int):
+def first_batches(dataset: Dataset, *, image_size: int, batch_size: int, steps: int):
     """The batches of a run's first steps, from the training loader's stream."""
     order = TrainOrder(
-        shard_set.sizes, seed=0, global_batch_size=batch_size, shuffle_buffer=shard_set.num_samples
+        dataset.sizes, seed=0, global_batch_size=batch_size, shuffle_buffer=dataset.num_samples
     )
     transform = TrainTransform(image_size)
-    stream = ShardStream(shard_set, order, batch_size=batch_size, transform=transform)
+    stream = ShardStream(dataset, order, batch_size=batch_size, transform=transform)
     return list(itertools.islice(stream, steps))
 
 
@@ -165,15 +164,15 @@ def format_table(results: dict[str, dict]) -> str:
 @click.option("--json", "json_path", type=Path, help="Write all losses there.")
 def main(shards, model, image_size, batch_size, steps, seeds, lr, json_path):
     """Compare the first losses of ours with plain timm's, on the CPU."""
-    shard_set = open_shards(shards)
-    batches = first_batches(shard_set, image_size=image_size, batch_size=batch_size, steps=steps)
+    dataset = open_dataset(shards)
+    batches = first_batches(dataset, image_size=image_size, batch_size=batch_size, steps=steps)
     curves = []
     for seed in range(seeds):
         size = {"image_size": image_size, "batch_size": batch_size}
         config = TrainConfig(model=model, lr=lr, seed=seed, **size, **OFF)
         curves.append(
             {
-                name: losses_of(config, batches, shard_set.num_classes, **options)
+                name: losses_of(config, batches, dataset.num_classes, **options)
                 for name, options in RUNS.items()
             }
         )
@@ -184,7 +183,7 @@ def main(shards, model, image_size, batch_size, steps, seeds, lr, json_path):
         )
     results = compare_all(curves)
     click.echo(
-        f"\n{model}, {image_size} px, {shard_set.dataset}, {steps} steps of {batch_size}, "
+        f"\n{model}, {image_size} px, {dataset.name}, {steps} steps of {batch_size}, "
         f"{seeds} seeds; steps {steps // 2 + 1} to {steps}; torch {torch.__version__}, "
         f"timm {timm.__version__}\n\n{format_table(results)}"
     )

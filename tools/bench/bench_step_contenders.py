@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.shards.reader import open_shards
+from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, make_loader
 from wds_convnext.stream.transforms import TrainTransform
@@ -169,12 +169,12 @@ def our_step(
 
 def batches_from_shards(setting: Setting, spec: str, workers: int) -> Iterator[Batch]:
     """Batches as training reads, decodes and crops them; labels folded into NUM_CLASSES."""
-    shard_set = open_shards(spec)
+    dataset = open_dataset(spec)
     order = TrainOrder(
-        shard_set.sizes, seed=0, global_batch_size=setting.batch_size, shuffle_buffer=100_000
+        dataset.sizes, seed=0, global_batch_size=setting.batch_size, shuffle_buffer=100_000
     )
     transform = TrainTransform(setting.image_size)
-    stream = ShardStream(shard_set, order, batch_size=setting.batch_size, transform=transform)
+    stream = ShardStream(dataset, order, batch_size=setting.batch_size, transform=transform)
     pin_memory = setting.device.type == "cuda"
     for batch in make_loader(stream, workers=workers, pin_memory=pin_memory):
         yield batch._replace(labels=batch.labels % NUM_CLASSES)

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from wds_convnext.conversion import reshard
-from wds_convnext.shards.reader import open_shards
+from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream, make_loader
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform
@@ -41,10 +41,10 @@ Takes = Iterator[tuple[str, Callable]]  # which batch comes, and what waits for 
 
 
 def ours(folder: Path, workers: int) -> Takes:
-    shard_set = open_shards(str(folder / "train.json"))
-    order = TrainOrder(shard_set.sizes, 0, BATCH_SIZE, 100_000)
-    stream_of = partial(ShardStream, shard_set, batch_size=BATCH_SIZE)
-    validation = stream_of(EvalOrder(shard_set.sizes), transform=EvalTransform(IMAGE_SIZE))
+    dataset = open_dataset(str(folder / "train.json"))
+    order = TrainOrder(dataset.sizes, 0, BATCH_SIZE, 100_000)
+    stream_of = partial(ShardStream, dataset, batch_size=BATCH_SIZE)
+    validation = stream_of(EvalOrder(dataset.sizes), transform=EvalTransform(IMAGE_SIZE))
     is_due = ValidationSchedule(order, every=2, last_step=0).is_due
     train = stream_of(order, transform=TrainTransform(IMAGE_SIZE))
     stream = ValidatedStream(train, validation, accumulate=1, is_due=is_due)

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from wds_convnext.check.advice import ROOM, BenchReport, Stages, WorkerRate
 from wds_convnext.check.measure import measure_loader
 from wds_convnext.errors import DataError
+from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.imagecheck import inspect_image
-from wds_convnext.shards.reader import SampleReader, open_shards
-from wds_convnext.shards.spec import ShardSet
+from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import PREFETCH, num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, make_loader
@@ -63,20 +63,20 @@ def bench(
     powers = [2**i for i in range(most.bit_length()) if 2**i < most]
     counts = [*powers, most] if workers is None else [workers]
     survey_bar = partial(tqdm, desc="Reading labels", unit="shard", leave=False, disable=None)
-    shard_set = open_shards(spec, progress=survey_bar)
-    order = TrainOrder(shard_set.sizes, seed, batch_size, shuffle_buffer)
+    dataset = open_dataset(spec, progress=survey_bar)
+    order = TrainOrder(dataset.sizes, seed, batch_size, shuffle_buffer)
     transform = TrainTransform(image_size, color_jitter=color_jitter)
     measured = sorted({1, *counts})  # one worker in any case: what handing over costs
     with closing(Progress(len(measured) + 1)) as progress:
         loads = Loads(
-            shard_set, order, transform, batch_size=batch_size, seconds=seconds, progress=progress
+            dataset, order, transform, batch_size=batch_size, seconds=seconds, progress=progress
         )
         rates = {count: loads.rate(count) for count in measured}
         stage_times = loads.stages(rates[1].cpu_ms_per_image)
     return BenchReport(
-        dataset=shard_set.dataset,
-        split=shard_set.split,
-        num_samples=shard_set.num_samples,
+        dataset=dataset.name,
+        split=dataset.split,
+        num_samples=dataset.num_samples,
         num_cores=num_cores(),
         batch_size=batch_size,
         image_size=image_size,
@@ -92,7 +92,7 @@ class Loads:
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        dataset: Dataset,
         order: TrainOrder,
         transform: TrainTransform,
         *,
@@ -100,7 +100,7 @@ class Loads:
         seconds: float,
         progress: "Progress",
     ):
-        self.shard_set, self.order, self.transform = shard_set, order, transform
+        self.dataset, self.order, self.transform = dataset, order, transform
         self.batch_size, self.seconds, self.progress = batch_size, seconds, progress
         self._start = 0  # the first batch that nothing has read yet
 
@@ -202,7 +202,7 @@ class Loads:
 
     def _stream(self, transform: "TimedTransform | None" = None) -> ShardStream:
         return ShardStream(
-            self.shard_set,
+            self.dataset,
             self.order,
             batch_size=self.batch_size,
             transform=transform or self.transform,

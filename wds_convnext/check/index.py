@@ -18,9 +18,10 @@ from wds_convnext.check.splits import (
     hash_keys,
 )
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
+from wds_convnext.files import write_atomically
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import Manifest, Shard, write_atomically
+from wds_convnext.shards.spec import Manifest, Shard
 from wds_convnext.shards.tar import format_sidecar, index_samples, sidecar_path, walk_tar
 
 

@@ -20,9 +20,10 @@ from wds_convnext.conversion.conversion import is_held_out
 from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Progress, Workers
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.imagecheck import ImageSurvey, inspect_image
-from wds_convnext.shards.reader import SampleReader, check_size
-from wds_convnext.shards.spec import Shard, ShardSet
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import read_samples
 
 _MAX_CLASS_LINES = 20
@@ -32,7 +33,7 @@ _MAX_CLASS_LINES = 20
 class ShardSummary:
     """What the shards of one split hold. `label_mix` is None for a split that is not trained on."""
 
-    shard_set: ShardSet
+    dataset: Dataset
     class_counts: np.ndarray  # int64 (num_classes,)
     image_bytes: np.ndarray  # int32 (num_samples,), of the encoded images
     survey: ImageSurvey
@@ -41,11 +42,11 @@ class ShardSummary:
 
     @property
     def num_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shard_set.shards)
+        return sum(shard.num_bytes for shard in self.dataset.shards)
 
     def lines(self) -> list[str]:
         """The summary as text."""
-        shards, sizes = self.shard_set, self.shard_set.sizes
+        shards, sizes = self.dataset, self.dataset.sizes
         head = (
             f"{shards.split}: {shards.num_samples:,} samples, {shards.num_classes} classes, "
             f"{len(sizes)} shard{'s' * (len(sizes) != 1)}, {self.num_bytes / 1e6:,.1f} MB"
@@ -73,7 +74,7 @@ class ShardSummary:
         return [*lines, f"bytes per image: {_range_of(self.image_bytes)}"]
 
     def _class_lines(self) -> list[str]:
-        names, counts = self.shard_set.class_names, self.class_counts
+        names, counts = self.dataset.class_names, self.class_counts
         lines = [f"samples per class: {_range_of(counts)}"]
         if len(names) <= _MAX_CLASS_LINES:
             shown = range(len(names))
@@ -90,10 +91,10 @@ class ShardSummary:
         ]
 
     def to_json(self) -> dict:
-        shards = self.shard_set
+        shards = self.dataset
         return {
             "kind": "shards",
-            "dataset": shards.dataset,
+            "dataset": shards.name,
             "split": shards.split,
             "num_samples": shards.num_samples,
             "num_bytes": self.num_bytes,
@@ -155,21 +156,21 @@ def inspect(
     summaries = []
     with Workers(jobs) as workers:
         for split in splits:
-            shard_set, surveys = _survey(split, workers, quiet)
+            dataset, surveys = _survey(split, workers, quiet)
             labels = np.concatenate([survey.labels for survey in surveys])
             mix = None
             if len(labels) and not is_held_out(split.name):
                 mix = measure_label_mix(
                     labels,
-                    shard_set.sizes,
+                    dataset.sizes,
                     batch_size=batch_size,
                     shuffle_buffer=shuffle_buffer,
                     seed=seed,
                     world_size=ranks,
                 )
-            summaries.append(_summarise(shard_set, surveys, labels, mix))
+            summaries.append(_summarise(dataset, surveys, labels, mix))
             if sheet is not None:
-                draw_sheet(shard_set, labels, sheet)
+                draw_sheet(dataset, labels, sheet)
     return summaries
 
 
@@ -190,7 +191,7 @@ class ShardSurvey:
     unusable: Counter = field(default_factory=Counter)
 
 
-def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[ShardSet, list[ShardSurvey]]:
+def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, list[ShardSurvey]]:
     """Look at every sample of a split; class names are numbers where no manifest has them."""
     if split.manifest_error:
         raise split.manifest_error
@@ -205,10 +206,10 @@ def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[ShardSet,
     shards = tuple(survey.shard for survey in surveys)
     if manifest:
         names = manifest.class_names
-        return ShardSet(manifest.dataset, split.name, shards, names, field_name), surveys
+        return Dataset(manifest.dataset, split.name, shards, names, field_name), surveys
     highest = max((int(survey.labels.max(initial=-1)) for survey in surveys), default=-1)
     folder = Path(split.manifest_path).absolute().parent.name
-    return ShardSet(folder, split.name, shards, tuple(map(str, range(highest + 1)))), surveys
+    return Dataset(folder, split.name, shards, tuple(map(str, range(highest + 1)))), surveys
 
 
 def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> ShardSurvey:
@@ -234,16 +235,16 @@ def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> 
     return survey
 
 
-def _summarise(shard_set, surveys, labels, label_mix) -> ShardSummary:
+def _summarise(dataset, surveys, labels, label_mix) -> ShardSummary:
     images, unusable = ImageSurvey(), Counter()
     for survey in surveys:
         images.merge(survey.images.to_json())
         unusable += survey.unusable
-    counts = np.bincount(labels, minlength=shard_set.num_classes)
-    if len(counts) > shard_set.num_classes:
+    counts = np.bincount(labels, minlength=dataset.num_classes)
+    if len(counts) > dataset.num_classes:
         raise DataError(
-            f"{shard_set.shards[0].path}: a label of {len(counts) - 1}, but the manifest names "
-            f"{shard_set.num_classes} classes. wds-convnext verify finds the sample."
+            f"{dataset.shards[0].path}: a label of {len(counts) - 1}, but the manifest names "
+            f"{dataset.num_classes} classes. wds-convnext verify finds the sample."
         )
     image_bytes = np.concatenate([survey.image_bytes for survey in surveys])
-    return ShardSummary(shard_set, counts, image_bytes, images, unusable, label_mix)
+    return ShardSummary(dataset, counts, image_bytes, images, unusable, label_mix)

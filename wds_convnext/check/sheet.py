@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from wds_convnext.errors import DataError, UsageError
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import ShardSet
 
 _CELL = 96  # pixels
 _NAME_WIDTH = 180
@@ -18,7 +18,7 @@ _MAX_CLASSES = 100
 _BACKGROUND, _INK, _UNUSABLE = "white", "black", "firebrick"
 
 
-def draw_sheet(shard_set: ShardSet, labels: np.ndarray, path: str | os.PathLike) -> None:
+def draw_sheet(dataset: Dataset, labels: np.ndarray, path: str | os.PathLike) -> None:
     """Write a PNG of up to 10 pictures of each of up to 100 classes, both spread evenly.
 
     A picture that does not decode is a red square.
@@ -28,19 +28,19 @@ def draw_sheet(shard_set: ShardSet, labels: np.ndarray, path: str | os.PathLike)
     Raises:
         UsageError: if the file cannot be written.
     """
-    classes = _spread(np.arange(shard_set.num_classes), _MAX_CLASSES)
+    classes = _spread(np.arange(dataset.num_classes), _MAX_CLASSES)
     width = _NAME_WIDTH + _PER_CLASS * _CELL
     sheet = Image.new("RGB", (width, max(1, len(classes)) * _CELL), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=14)
-    ends = np.cumsum(shard_set.sizes)
-    with closing(SampleReader(shard_set.shards, label_field=shard_set.label_field)) as reader:
+    ends = np.cumsum(dataset.sizes)
+    with closing(SampleReader(dataset.shards, label_field=dataset.label_field)) as reader:
         for row, label in enumerate(classes.tolist()):
-            name = _fit(shard_set.class_names[label], font)
+            name = _fit(dataset.class_names[label], font)
             draw.text((4, row * _CELL + _CELL // 2), name, _INK, font, anchor="lm")
             numbers = _spread(np.flatnonzero(labels == label), _PER_CLASS)
             shards = np.searchsorted(ends, numbers, side="right")
-            samples = numbers - (ends - shard_set.sizes)[shards]
+            samples = numbers - (ends - dataset.sizes)[shards]
             for column, place in enumerate(zip(shards.tolist(), samples.tolist())):
                 corner = _NAME_WIDTH + column * _CELL, row * _CELL
                 sheet.paste(_thumbnail(reader.read(*place)[0]), corner)

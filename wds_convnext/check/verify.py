@@ -27,8 +27,8 @@ from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.errors import DataError, ShardError, WdsConvnextError
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.shards.decode import decode_rgb
-from wds_convnext.shards.reader import SampleReader, check_sha256, check_size
-from wds_convnext.shards.spec import Shard
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import Shard, check_sha256, check_size
 from wds_convnext.shards.tar import Member, format_sidecar, sidecar_path, walk_tar
 
 

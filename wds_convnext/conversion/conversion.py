@@ -28,10 +28,11 @@ from wds_convnext.conversion.passes import (
 from wds_convnext.conversion.scatter import Scatter
 from wds_convnext.conversion.staging import Staging
 from wds_convnext.errors import DataError, UsageError
+from wds_convnext.files import write_atomically
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.imagecheck import ImageSurvey
-from wds_convnext.shards.spec import Manifest, Shard, read_manifest, write_atomically
+from wds_convnext.shards.spec import Manifest, Shard, read_manifest
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
 _UNIT_BYTES = 256 << 20  # images in a spill file

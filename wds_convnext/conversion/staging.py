@@ -14,13 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from wds_convnext.errors import ShardError, UsageError
-from wds_convnext.shards.spec import (
-    Manifest,
-    read_manifest,
-    staging_path,
-    sync_folder,
-    write_atomically,
-)
+from wds_convnext.files import sync_folder, write_atomically
+from wds_convnext.shards.spec import Manifest, read_manifest, staging_path
 
 _LOCK_WAIT_S = 5.0  # the workers of a killed conversion end within this time
 _SUFFIXES = (".part", ".npy", ".done", ".tmp")  # of the files in a staging folder

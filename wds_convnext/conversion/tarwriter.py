@@ -11,7 +11,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
-from wds_convnext.shards.spec import write_atomically
+from wds_convnext.files import write_atomically
 from wds_convnext.shards.tar import BLOCK, Member, format_sidecar_line, sidecar_head
 
 _FLUSH_BYTES = 1 << 20  # hashed and written while it is in the cache

@@ -5,25 +5,14 @@ every time, so an offset that no longer fits is an error, never another image. A
 sample costs about 17 us; iterating over a tar costs 107-141 us.
 """
 
-import glob
-import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.spec import (
-    Shard,
-    ShardSet,
-    expand_spec,
-    manifest_path,
-    read_manifest,
-    split_of,
-    staging_path,
-)
+from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import (
     BLOCK,
     Member,
@@ -219,116 +208,3 @@ def _read_members(shard: Shard) -> list[list[Member]]:
             "Delete the .idx beside it, or run make shards."
         )
     return samples
-
-
-def check_size(shard: Shard) -> None:
-    """Compare a shard's size with its manifest's.
-
-    Raises:
-        ShardError: if the shard is missing or has another size.
-    """
-    try:
-        num_bytes = os.path.getsize(shard.path)
-    except OSError as error:
-        raise ShardError(f"{shard.path}: {error.strerror}. Run make shards.") from None
-    if shard.num_bytes not in (None, num_bytes):
-        raise ShardError(
-            f"{shard.path}: {num_bytes:,} bytes, but its manifest says {shard.num_bytes:,}. "
-            "The shard is cut short or another file: copy it again, or run make shards."
-        )
-
-
-def check_sha256(shard: Shard) -> None:
-    """Compare a shard's bytes with its manifest's checksum, if it has one.
-
-    Raises:
-        ShardError: if they differ.
-    """
-    if shard.sha256 is None:
-        return
-    with open(shard.path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != shard.sha256:
-        raise ShardError(
-            f"{shard.path}: its SHA-256 is {found[:16]}…, but its manifest says "
-            f"{shard.sha256[:16]}…. Copy the shard again, or write it again with make shards."
-        )
-
-
-def open_shards(spec: str, *, progress: Callable = iter) -> ShardSet:
-    """The shards that a spec names, with their sizes and class names.
-
-    Where a manifest stands beside them it is believed, and sizes are compared. Without one every
-    shard is indexed and every label read once; `progress` wraps the list of shards meanwhile.
-
-    Raises:
-        ShardError: if nothing matches, or the shards do not fit their manifest or each other.
-    """
-    paths = expand_spec(spec)
-    beside = dict.fromkeys(manifest_path(path) for path in paths)
-    if all(os.path.isfile(path) for path in beside):
-        shard_set = _from_manifests(paths, list(beside))
-    else:
-        for path in beside:
-            if os.path.isdir(staging_path(path)) and not os.path.isfile(path):
-                raise ShardError(
-                    f"{staging_path(path)}: the conversion was interrupted, so shards may be "
-                    "missing. Run the same make shards again: it goes on where it stopped."
-                )
-        shard_set = _survey(paths, progress)
-    if shard_set.num_samples == 0:
-        raise ShardError(f"{spec}: the shards hold no samples.")
-    return shard_set
-
-
-def find_validation(train_set: ShardSet) -> str | None:
-    """A spec of the validation shards beside training shards, by name; None if there are none."""
-    folder = os.path.dirname(train_set.shards[0].path)
-    for split in ("validation", "val"):
-        for pattern in (f"{split}.json", f"{split}-*.tar"):
-            if glob.glob(os.path.join(glob.escape(folder), pattern)):
-                return os.path.join(folder, pattern)
-    return None
-
-
-def _from_manifests(paths: list[str], manifest_paths: list[str]) -> ShardSet:
-    manifests = [read_manifest(path) for path in manifest_paths]
-    if len({manifest.class_names for manifest in manifests}) > 1:
-        raise ShardError(
-            f"{' and '.join(manifest_paths)}: their class names differ. Use one data set."
-        )
-    if len({manifest.label_field for manifest in manifests}) > 1:
-        raise ShardError(
-            f"{' and '.join(manifest_paths)}: their labels stand in different .json fields. "
-            "Use one data set."
-        )
-    listed = {
-        os.path.normpath(shard.path): shard for manifest in manifests for shard in manifest.shards
-    }
-    paths = list(map(os.path.normpath, paths))
-    for path in paths:
-        if path not in listed:
-            raise ShardError(
-                f"{path}: not listed in {manifest_path(path)}. Leave it out, or run make shards."
-            )
-        check_size(listed[path])
-    first = manifests[0]
-    shards = tuple(listed[path] for path in paths)
-    return ShardSet(first.dataset, first.split, shards, first.class_names, first.label_field)
-
-
-def _survey(paths: list[str], progress: Callable) -> ShardSet:
-    shards, highest = [], -1
-    for path in progress(paths):
-        num_samples = len(index_samples(path, read_samples(path)))
-        shard = Shard(path, num_samples, os.path.getsize(path))
-        reader = SampleReader((shard,))
-        labels = [reader.read_label(0, sample) for sample in range(num_samples)]
-        reader.close()
-        if labels and min(labels) < 0:
-            raise ShardError(f"{path}: a label of {min(labels)}. Labels count from 0.")
-        highest = max([highest, *labels])
-        shards.append(shard)
-    folder = os.path.basename(os.path.dirname(os.path.abspath(paths[0])))
-    class_names = tuple(str(label) for label in range(highest + 1))
-    return ShardSet(folder, split_of(paths[0]), tuple(shards), class_names)

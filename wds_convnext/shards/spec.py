@@ -1,9 +1,4 @@
-"""Which shards there are: specs on the command line, and the manifest beside the shards.
-
-A manifest `train.json` stands beside `train-000.tar`, `train-001.tar`, … in the shape that the
-wids package reads, plus sizes, checksums and class names. It is written last, so its presence
-means that every shard it lists is complete.
-"""
+"""Which shards a spec on the command line names, and what is known of each."""
 
 import hashlib
 import json
@@ -11,13 +6,12 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import braceexpand
-import numpy as np
 
 from wds_convnext.errors import ShardError, did_you_mean
+from wds_convnext.files import write_atomically
 
 MANIFEST_FORMAT = "wds_convnext 1"
 
@@ -34,36 +28,6 @@ class Shard:
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
-
-
-@dataclass(frozen=True)
-class ShardSet:
-    """The shards of one split, in order, and the names of the classes their labels count."""
-
-    dataset: str
-    split: str
-    shards: tuple[Shard, ...]
-    class_names: tuple[str, ...]
-    label_field: str = "label"  # of .json labels
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """Samples per shard, int64 (num_shards,)."""
-        return np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
-
-    @property
-    def num_samples(self) -> int:
-        return int(self.sizes.sum())
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @cached_property
-    def digest(self) -> str:
-        """Identifies the samples and their order: shard names, sizes and checksums."""
-        facts = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in self.shards]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -257,21 +221,35 @@ def local_path(url: str) -> str:
     raise ShardError(f"{url}: {scheme[1]} shards cannot be read. Copy them to a local folder.")
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file so that it is either whole or as it was: temp file, fsync, rename."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path)
+def check_size(shard: Shard) -> None:
+    """Compare a shard's size with its manifest's.
 
-
-def sync_folder(path: str | os.PathLike) -> None:
-    """Make a rename in the folder of `path` survive a power cut."""
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    Raises:
+        ShardError: if the shard is missing or has another size.
+    """
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        num_bytes = os.path.getsize(shard.path)
+    except OSError as error:
+        raise ShardError(f"{shard.path}: {error.strerror}. Run make shards.") from None
+    if shard.num_bytes not in (None, num_bytes):
+        raise ShardError(
+            f"{shard.path}: {num_bytes:,} bytes, but its manifest says {shard.num_bytes:,}. "
+            "The shard is cut short or another file: copy it again, or run make shards."
+        )
+
+
+def check_sha256(shard: Shard) -> None:
+    """Compare a shard's bytes with its manifest's checksum, if it has one.
+
+    Raises:
+        ShardError: if they differ.
+    """
+    if shard.sha256 is None:
+        return
+    with open(shard.path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != shard.sha256:
+        raise ShardError(
+            f"{shard.path}: its SHA-256 is {found[:16]}…, but its manifest says "
+            f"{shard.sha256[:16]}…. Copy the shard again, or write it again with make shards."
+        )

@@ -18,8 +18,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from wds_convnext.errors import DataError, ShardError, TrainingError, WdsConvnextError
 from wds_convnext.rng import uniform
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import ShardSet
 from wds_convnext.stream.loader import Slots, items_of_workers
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 
@@ -39,7 +39,7 @@ class ShardStream(IterableDataset):
     """Batches of one rank, in the order's order; endless for training, finite for evaluation.
 
     Args:
-        shard_set: the shards to read.
+        dataset: the shards to read.
         order: which sample comes when.
         transform: (encoded bytes, draws) -> uint8 (3, S, S); see `transforms`.
         batch_size: samples per batch and rank.
@@ -50,7 +50,7 @@ class ShardStream(IterableDataset):
 
     def __init__(
         self,
-        shard_set: ShardSet,
+        dataset: Dataset,
         order: TrainOrder | EvalOrder,
         *,
         batch_size: int,
@@ -63,7 +63,7 @@ class ShardStream(IterableDataset):
         super().__init__()
         if decode and transform is None:
             raise ValueError("decoding needs a transform")
-        self.shard_set = shard_set
+        self.dataset = dataset
         self.order = order
         self.transform = transform
         self.place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
@@ -87,7 +87,7 @@ class ShardStream(IterableDataset):
         return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def open_reader(self) -> SampleReader:
-        return SampleReader(self.shard_set.shards, label_field=self.shard_set.label_field)
+        return SampleReader(self.dataset.shards, label_field=self.dataset.label_field)
 
     def will_load(self, number: int, reader: SampleReader) -> None:
         """Have the bytes of a batch fetched."""
@@ -130,16 +130,16 @@ class ShardStream(IterableDataset):
         evaluation nothing takes its place, and None is returned.
         """
         reasons = []
-        shard_samples = self.shard_set.shards[shard].num_samples
+        shard_samples = self.dataset.shards[shard].num_samples
         attempts = 1 if self.stop is not None else min(shard_samples, _MAX_REPLACEMENTS)
         for attempt in range(attempts):
             candidate = (sample + attempt) % shard_samples
             data, label = reader.read(shard, candidate)
-            if not 0 <= label < self.shard_set.num_classes:
+            if not 0 <= label < self.dataset.num_classes:
                 where = reader.describe(shard, candidate)
                 raise ShardError(
                     f"{where['shard']}, key {where['key']}: label {label} is outside the "
-                    f"{self.shard_set.num_classes} classes. Run make shards again."
+                    f"{self.dataset.num_classes} classes. Run make shards again."
                 )
             try:
                 return (self.transform(data, draws), label), reasons

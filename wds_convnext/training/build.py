@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import wds_convnext
 from wds_convnext.config import REFERENCE_LR, TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError
-from wds_convnext.shards.spec import ShardSet
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.adamp import AdamP, parameter_groups, scaled_lr
 from wds_convnext.training.augment import Mixer, Normalizer
@@ -194,7 +194,7 @@ def build_gauges(
 
 def describe(
     config: TrainConfig,
-    train_set: ShardSet,
+    train_data: Dataset,
     val_spec: str | None,
     order: TrainOrder,
     compute: Compute,
@@ -202,9 +202,9 @@ def describe(
     """The facts that a checkpoint carries besides its state; plain values."""
     return {
         "model": config.model,
-        "num_classes": train_set.num_classes,
-        "class_names": list(train_set.class_names),
-        "dataset": train_set.dataset,
+        "num_classes": train_data.num_classes,
+        "class_names": list(train_data.class_names),
+        "dataset": train_data.name,
         "val_shards": val_spec and os.path.abspath(val_spec),
         "batch_size": config.batch_size,
         "preprocessing": {
@@ -215,7 +215,7 @@ def describe(
             "std": list(IMAGENET_STD),
         },
         "data": {
-            "shards": train_set.digest,
+            "shards": train_data.digest,
             "seed": config.seed,
             "global_batch_size": order.global_batch_size,
             "shuffle_buffer": order.shuffle_buffer,
@@ -239,23 +239,23 @@ def describe(
 def introduce(
     config: TrainConfig,
     state: TrainState,
-    train_set: ShardSet,
-    val_set: ShardSet | None,
+    train_data: Dataset,
+    val_data: Dataset | None,
     order: TrainOrder,
     compute: Compute,
     gauges: Gauges,
 ) -> str:
     """What is about to be trained, on what, where."""
     num_parameters = sum(p.numel() for p in state.model.parameters())
-    if val_set is None:
+    if val_data is None:
         validation = "no validation shards found (name some with --val-shards)"
     else:
-        validation = f"{val_set.num_samples:,} for validation"
+        validation = f"{val_data.num_samples:,} for validation"
     amp = "float32" if compute.amp == "off" else compute.amp
     return (
-        f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {train_set.dataset}: "
-        f"{train_set.num_samples:,} samples in {len(train_set.shards)} shards, {validation}, "
-        f"{train_set.num_classes} classes\n"
+        f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {train_data.name}: "
+        f"{train_data.num_samples:,} samples in {len(train_data.shards)} shards, {validation}, "
+        f"{train_data.num_classes} classes\n"
         f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
         f"global batch {order.global_batch_size}, on {compute.world.size} x {compute.device}, "
         f"{amp}, {'compiled' if compute.compiled else 'not compiled'}\n"

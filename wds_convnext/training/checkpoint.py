@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from wds_convnext.errors import CheckpointError
-from wds_convnext.shards.spec import sync_folder
+from wds_convnext.files import sync_folder
 
 FORMAT = 1
 _TRAILER = b"\nsha256:"

@@ -12,7 +12,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from wds_convnext.shards.spec import write_atomically
+from wds_convnext.files import write_atomically
 from wds_convnext.training.evaluate import EvalResult
 
 # How the progress line shows what `gauges` reads.

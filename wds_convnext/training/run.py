@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
-from wds_convnext.shards.reader import SampleReader, check_sha256, find_validation, open_shards
-from wds_convnext.shards.spec import ShardSet
+from wds_convnext.shards.dataset import Dataset, find_validation, open_dataset
+from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.loader import num_workers
 from wds_convnext.stream.order import EvalOrder, SampleRefs, TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
@@ -73,15 +74,15 @@ def _train(config: TrainConfig, compute: Compute) -> int:
         config = fit_to_checkpoint(config, resumed["facts"], world)
     check_options(config)
     workers = num_workers(config.workers, ranks=world.size)
-    train_set, val_set, val_spec = _open_splits(config)
+    train_data, val_data, val_spec = _open_splits(config)
     order = TrainOrder(
-        train_set.sizes,
+        train_data.sizes,
         seed=config.seed,
         global_batch_size=config.batch_size * config.accumulate * world.size,
         shuffle_buffer=config.shuffle_buffer,
     )
-    facts = describe(config, train_set, val_spec, order, compute)
-    state, notes = build_state(config, train_set.num_classes, compute)
+    facts = describe(config, train_data, val_spec, order, compute)
+    state, notes = build_state(config, train_data.num_classes, compute)
     if resumed:
         rundir.check_resumable(resumed["facts"], facts, warn=warn)
         state.load_state_dict(resumed)
@@ -89,19 +90,19 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     barrier(world)  # every rank has looked at the folder
     if world.is_main:
         rundir.prepare(folder, config, fresh=resumed is None)
-    recipe = build_recipe(config, state, train_set.num_classes, compute)
+    recipe = build_recipe(config, state, train_data.num_classes, compute)
     gauges = build_gauges(config, state, recipe, compute)
-    say(introduce(config, state, train_set, val_set, order, compute, gauges))
+    say(introduce(config, state, train_data, val_data, order, compute, gauges))
     for note in notes:
         say(note)
     warning = lr_warning(config, order.global_batch_size)
     if warning:
         warn(warning)
 
-    stream = _train_stream(config, train_set, order, state, world)
+    stream = _train_stream(config, train_data, order, state, world)
     val_stream = None
-    if val_set is not None:
-        val_stream = _eval_stream(val_set, config.batch_size, config.image_size, world)
+    if val_data is not None:
+        val_stream = _eval_stream(val_data, config.batch_size, config.image_size, world)
         is_due = validation_schedule(config, order).is_due
         stream = ValidatedStream(stream, val_stream, accumulate=config.accumulate, is_due=is_due)
     evaluate_on = partial(_evaluate, val_stream, recipe.forward, compute=compute)
@@ -122,7 +123,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
             save=partial(
                 rundir.save, folder, state=state, facts=facts, keep=config.keep, world=world
             ),
-            name_samples=partial(_name_samples, train_set),
+            name_samples=partial(_name_samples, train_data),
             gauges=gauges,
         )
     if status.reason != "finished":
@@ -153,17 +154,17 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         spec = config.shards or facts["val_shards"]
         if spec is None:
             raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
-        shard_set = open_shards(spec, progress=_survey_bar)
-        if shard_set.class_names != tuple(facts["class_names"]):
+        dataset = open_dataset(spec, progress=_survey_bar)
+        if dataset.class_names != tuple(facts["class_names"]):
             raise ShardError(
-                f"{spec}: its {shard_set.num_classes} classes are not the {facts['num_classes']} "
+                f"{spec}: its {dataset.num_classes} classes are not the {facts['num_classes']} "
                 f"that {path} was trained on. Evaluate on the same data set."
             )
         model = create_model(facts["model"], num_classes=facts["num_classes"]).to(device)
         model.load_state_dict(content["ema"] or content["model"], strict=False)
         compute = Compute(world, device, choose_amp(config.amp, device))
         image_size = facts["preprocessing"]["image_size"]
-        stream = _eval_stream(shard_set, config.batch_size, image_size, world)
+        stream = _eval_stream(dataset, config.batch_size, image_size, world)
         with _loading(stream, num_workers(config.workers, ranks=world.size), compute) as batches:
             result = _evaluate(
                 stream, model, batches, max_bad_samples=config.max_bad_samples, compute=compute
@@ -173,8 +174,8 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
             "weights": "ema" if content["ema"] else "model",
             "checkpoint": str(path),
             "step": content["step"],
-            "dataset": shard_set.dataset,
-            "split": shard_set.split,
+            "dataset": dataset.name,
+            "split": dataset.split,
         }
         return result, about
     finally:
@@ -182,11 +183,11 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
 
 
 def _train_stream(
-    config: TrainConfig, shard_set: ShardSet, order: TrainOrder, state: TrainState, world: World
+    config: TrainConfig, dataset: Dataset, order: TrainOrder, state: TrainState, world: World
 ) -> ShardStream:
     """This rank's training batches from the state's step on."""
     return ShardStream(
-        shard_set,
+        dataset,
         order,
         batch_size=config.batch_size,
         transform=TrainTransform(
@@ -201,13 +202,11 @@ def _train_stream(
     )
 
 
-def _eval_stream(
-    shard_set: ShardSet, batch_size: int, image_size: int, world: World
-) -> ShardStream:
+def _eval_stream(dataset: Dataset, batch_size: int, image_size: int, world: World) -> ShardStream:
     """Every sample of a split once, over all ranks."""
     return ShardStream(
-        shard_set,
-        EvalOrder(shard_set.sizes),
+        dataset,
+        EvalOrder(dataset.sizes),
         batch_size=batch_size,
         transform=EvalTransform(image_size, crop_ratio=CROP_RATIO),
         rank=world.rank,
@@ -234,7 +233,7 @@ def _evaluate(
     max_bad_samples: float = 0.0,
 ) -> EvalResult:
     """Evaluate on the batches of a finite stream; `forward` is put into evaluation mode."""
-    split, device, is_main = stream.shard_set, compute.device, compute.world.is_main
+    split, device, is_main = stream.dataset, compute.device, compute.world.is_main
     bar = tqdm(
         batches,
         desc=f"Evaluating {split.split}",
@@ -252,9 +251,9 @@ def _evaluate(
     )
 
 
-def _name_samples(shard_set: ShardSet, refs: SampleRefs) -> list[str]:
+def _name_samples(dataset: Dataset, refs: SampleRefs) -> list[str]:
     """Shard and key of samples, as messages name them."""
-    with closing(SampleReader(shard_set.shards)) as reader:
+    with closing(SampleReader(dataset.shards)) as reader:
         places = [reader.describe(*map(int, place)) for place in zip(refs.shard, refs.sample)]
     return [f"{place['shard']}, key {place['key']}" for place in places]
 
@@ -285,22 +284,22 @@ def _evaluate_best(folder: Path, state: TrainState, validate: Callable, say: Cal
     )
 
 
-def _open_splits(config: TrainConfig) -> tuple[ShardSet, ShardSet | None, str | None]:
+def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | None]:
     """The training split, the validation split if there is one, and what names the latter."""
-    train_set = open_shards(config.shards, progress=_survey_bar)
-    spec = config.val_shards or find_validation(train_set)
-    val_set = open_shards(spec, progress=_survey_bar) if spec else None
-    if val_set is not None and val_set.class_names != train_set.class_names:
+    train_data = open_dataset(config.shards, progress=_survey_bar)
+    spec = config.val_shards or find_validation(train_data)
+    val_data = open_dataset(spec, progress=_survey_bar) if spec else None
+    if val_data is not None and val_data.class_names != train_data.class_names:
         raise ShardError(
-            f"{spec}: its {val_set.num_classes} class names differ from the "
-            f"{train_set.num_classes} of {config.shards}. Use splits of one data set."
+            f"{spec}: its {val_data.num_classes} class names differ from the "
+            f"{train_data.num_classes} of {config.shards}. Use splits of one data set."
         )
     if config.check_shards:
-        for shard_set in filter(None, (train_set, val_set)):
-            name = f"Checking {shard_set.split}"
-            for shard in tqdm(shard_set.shards, desc=name, unit="shard", disable=None):
+        for dataset in filter(None, (train_data, val_data)):
+            name = f"Checking {dataset.split}"
+            for shard in tqdm(dataset.shards, desc=name, unit="shard", disable=None):
                 check_sha256(shard)
-    return train_set, val_set, spec
+    return train_data, val_data, spec
 
 
 # Shards without a manifest are walked through; `wds-convnext index` writes one.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.files import write_atomically
 from wds_convnext.options import format_toml
-from wds_convnext.shards.spec import write_atomically
 from wds_convnext.training.checkpoint import (
     link_checkpoint,
     load_checkpoint,
