@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import sample_members, write_shards, write_tar
+from conftest import HANG_S, sample_members, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -432,11 +432,9 @@ def test_a_killed_worker_ends_in_one_line_about_memory(shard_set, victim, while_
         worker.join()
         time.sleep(0.2)  # PyTorch's own handler would raise here
 
-    start = time.monotonic()
     with pytest.raises(TrainingError, match="A loader worker died .* is memory") as error:
         for _ in range(20):
             next(batches)
-    assert time.monotonic() - start < 30
     assert "\n" not in str(error.value)
 
 
@@ -473,7 +471,7 @@ def test_a_process_that_fails_while_workers_run_ends(tmp_path):
 
     here = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S)
 
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "SystemError: a bug of the trainer"
@@ -484,7 +482,10 @@ def workers_of_this_process() -> list[multiprocessing.Process]:
 
 
 def test_workers_outlive_the_signals_that_stop_a_run(shard_set):
-    """A signal to the whole process group reaches them too; the trainer decides when to stop."""
+    """A signal to the whole process group reaches them too; the trainer decides when to stop.
+
+    From their start on: the second worker may not even have run when the first batch is there.
+    """
     batches = make_loader(train_stream(shard_set), workers=2)
     taken = [next(batches)]
 
