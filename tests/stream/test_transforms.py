@@ -93,6 +93,7 @@ def torchvision_crop_box(draws, height, width, *, scale, ratio):
     return box["top"], box["left"], box["height"], box["width"]
 
 
+@pytest.mark.bits
 @settings(max_examples=300, deadline=None)
 @given(
     draws=st.lists(uniform, min_size=NUM_CROP_DRAWS, max_size=NUM_CROP_DRAWS),
@@ -109,6 +110,7 @@ def test_the_crop_box_is_torchvisions(draws, height, width, scale, ratio):
     assert box == torchvision_crop_box(draws, height, width, scale=scale, ratio=ratio)
 
 
+@pytest.mark.bits
 def test_a_crop_box_stays_as_it_is():
     """Golden example: a change here changes every training run."""
     draws = np.linspace(0.05, 0.95, NUM_CROP_DRAWS)
@@ -132,6 +134,7 @@ def test_crops_cover_the_range_of_areas_and_ratios():
     assert (top + height).max() == (left + width).max() == 1000 and top.min() == left.min() == 0
 
 
+@pytest.mark.bits
 @settings(max_examples=100, deadline=None)
 @given(height=sides, width=sides, draws=all_draws, image_size=st.sampled_from([1, 24, 64]))
 def test_training_images_are_torchvisions_of_the_same_box(height, width, draws, image_size):
@@ -152,6 +155,7 @@ def test_training_images_are_torchvisions_of_the_same_box(height, width, draws, 
     assert max_difference(image, pillow) <= RESIZE_TOLERANCE
 
 
+@pytest.mark.bits
 @settings(max_examples=100, deadline=None)
 @given(
     height=sides,
@@ -179,6 +183,7 @@ def test_evaluation_images_are_torchvisions(height, width, image_size, crop_rati
     assert max_difference(image, geometry(Image.open(io.BytesIO(data)))) <= RESIZE_TOLERANCE
 
 
+@pytest.mark.bits
 def test_imagenets_evaluation_is_resize_256_and_crop_224():
     data = encode(375, 500)
 
@@ -187,6 +192,7 @@ def test_imagenets_evaluation_is_resize_256_and_crop_224():
     assert torch.equal(image, v2.CenterCrop(224)(v2.Resize(256)(decode_CHW(data))))
 
 
+@pytest.mark.bits
 @settings(max_examples=100, deadline=None)
 @given(draws=all_draws, strength=st.sampled_from([0.1, 0.4, 1.0, 1.5]))
 def test_color_jitter_is_torchvisions(draws, strength):
@@ -272,6 +278,7 @@ def test_a_strip_that_evaluation_would_blow_up_is_refused():
         EvalTransform()(encode(1, 60_000, "PNG"))
 
 
+@pytest.mark.bits
 def test_threads_do_not_change_images():
     transform = TrainTransform(image_size=32, color_jitter=0.4)
     data = [encode(size, 50) for size in range(20, 60)]

@@ -124,6 +124,7 @@ def firing_view(p, grad, *, delta):
 # --- AdamP: the same results as timm's
 
 
+@pytest.mark.bits
 @settings(max_examples=300, deadline=None)
 @given(
     shapes=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=8),
@@ -157,6 +158,7 @@ def test_every_option_and_shape_gives_timms_bits(shapes, kinds, options, scale, 
     assert_same_bits(ours, timms)
 
 
+@pytest.mark.bits
 def test_hundreds_of_steps_give_timms_bits():
     """The projection fires by either view and by none, in some order, for 400 steps."""
     params = random_params(SHAPES)
@@ -169,6 +171,7 @@ def test_hundreds_of_steps_give_timms_bits():
     assert ours.state[params[0]]["step"] == 400
 
 
+@pytest.mark.bits
 def test_convnext_atto_gives_timms_bits():
     """All tensors of a real model, in its two groups, in the channels-last format of training."""
     model = timm.create_model("convnext_atto", num_classes=10)
@@ -182,6 +185,7 @@ def test_convnext_atto_gives_timms_bits():
     assert_same_bits(ours, timms)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("num_kept", [0, 1, 10, 1000])
 def test_caution_gives_timms_bits_however_few_elements_it_keeps(num_kept):
     """Against the momentum of the first step points all of the second gradient but so many of
@@ -239,6 +243,7 @@ def test_a_firing_projection_lowers_weight_decay(kind):
     assert torch.allclose(decay, 0.1 * 0.5 * 0.1 * params[0], atol=1e-6)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("limit", [1, 100, 2**30])
 def test_the_size_of_stacks_changes_no_bit(limit, monkeypatch):
     """Tensors of one shape may be updated one by one, a few, or all at a time."""
@@ -252,6 +257,7 @@ def test_the_size_of_stacks_changes_no_bit(limit, monkeypatch):
     assert_same_bits(ours, timms)
 
 
+@pytest.mark.bits
 def test_layouts_that_are_not_contiguous():
     """A transposed parameter and an expanded gradient, alone and in a stack."""
     base = random_params([(5, 3), (5, 3), (4, 6)])
@@ -302,6 +308,7 @@ def torchs_functions(monkeypatch):
     return Beta(0.9), Beta(0.999)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("amp", [False, True])
 def test_float64_gives_timms_bits_with_the_same_functions(torchs_functions, amp):
     """Every other operation and every sum has timm's order, so no CPU tells them apart."""
@@ -316,6 +323,7 @@ def test_float64_gives_timms_bits_with_the_same_functions(torchs_functions, amp)
     assert_same_bits(ours, timms)
 
 
+@pytest.mark.bits
 def test_error_against_float64():
     """Both of our precisions are off by their rounding alone; the moments not even by that.
 
@@ -345,6 +353,7 @@ def test_error_against_float64():
         assert (p - q).abs().max() <= 40 * (6e-8 * q.abs().max() + 1e-6 * 1e-3)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("steps_before", [9, 999, 123_456, 10**7])
 def test_late_steps_give_timms_bits(steps_before):
     """The bias corrections are exact enough for as long as a run may be."""
@@ -362,6 +371,7 @@ def test_late_steps_give_timms_bits(steps_before):
     assert_same_bits(*optimizers)
 
 
+@pytest.mark.bits
 def test_float_and_tensor_learning_rates_agree():
     """A 0-d tensor gives the bits of the float, also when both change between steps."""
     params = random_params(SHAPES)
@@ -377,6 +387,7 @@ def test_float_and_tensor_learning_rates_agree():
         assert torch.equal(p, q)
 
 
+@pytest.mark.bits
 def test_frozen_and_missing_gradients_and_empty_tensors_stay():
     """They keep their bits and get no state; the others follow timm."""
     params = random_params([(3, 5), (3, 5), (0, 5), (0,), (4,)])
@@ -421,6 +432,7 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.bits
 @pytest.mark.usefixtures("process_group")
 def test_trains_in_ddp():
     """DDP's gradients, views of its buckets, give the bits of the plain module."""
@@ -443,6 +455,7 @@ def test_trains_in_ddp():
 # --- AdamP: state
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("option", ["nesterov", "caution"])
 @pytest.mark.parametrize("source", [AdamP, TimmAdamP])
 @pytest.mark.parametrize("target", [AdamP, TimmAdamP])
@@ -468,6 +481,7 @@ def test_state_dict_continues_in_either_optimizer(source, target, option):
         assert torch.equal(p, q)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_continue(copied):
     """A deep copy and a pickle bring their own parameters, and go on where the original was."""
@@ -524,6 +538,7 @@ def test_loads_state_dicts_of_before_caution():
 # --- AdamP: skipped steps
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("num_steps_before", [0, 3])
 @pytest.mark.parametrize("found_inf", [torch.ones(()), torch.tensor([2.0]), torch.tensor(True)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
@@ -564,6 +579,7 @@ def test_found_inf_keeps_parameters_that_are_not_finite():
         assert torch.equal(p.nan_to_num(nan=7.0), q.nan_to_num(nan=7.0))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_grad_scaler_scales_and_skips(unscale_first):
     """Under GradScaler the weights are those without it; an overflow is a skip, not a step.

@@ -306,6 +306,7 @@ def test_ranks_exchange_gradients_once_per_step(two_ranks, accumulate):
     assert len(set(steps_of_buckets)) == len(steps_of_buckets)
 
 
+@pytest.mark.bits
 def test_from_a_nonfinite_step_on_nothing_changes(poison):
     """Weights, moments, step counts and average are those before it, also after later steps."""
     poison(2)
@@ -321,6 +322,7 @@ def test_from_a_nonfinite_step_on_nothing_changes(poison):
     assert state.sums.read().failed_step == 2
 
 
+@pytest.mark.bits
 def test_skipping_leaves_out_a_nonfinite_step_and_goes_on(poison):
     """The skipped step changes nothing and is in no mean; the next one trains."""
     poison(1)
@@ -567,6 +569,7 @@ def test_a_compiled_model_that_computes_something_else_is_noticed(
     assert ("Do not trust this run" in capsys.readouterr().out) == is_wrong
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("autocast", [True, False])
 def test_blocks_hand_on_half_precision_under_autocast_and_nothing_else_changes(autocast):
     """Every block's output is bf16 under autocast; in float32 the model is timm's bit for bit, and
