@@ -71,8 +71,7 @@ def rounds_as_the_machine_of_the_fixture() -> bool:
     return hashlib.sha256(b"".join(weights)).hexdigest().startswith(THREE_STEPS_THERE)
 
 
-@pytest.mark.bits
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.bits), 2])
 def test_it_resumes_as_it_would_have_gone_on(old, workers):
     """Weights, their average and the sums: to the last bit where the CPU rounds the same."""
     expected = torch.load(OLD / "final.pt", weights_only=True)
