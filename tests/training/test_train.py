@@ -356,6 +356,7 @@ def test_skipping_ends_at_max_skips_in_a_row(poison):
     assert failed_steps == [-1] * 6 + [6, 6]
 
 
+@pytest.mark.bits
 def test_our_adamp_gives_the_learning_curve_of_timms(shards, one_thread):
     """Forty whole steps on real images, mixing and stochastic depth on: the same losses."""
     train_set = open_shards(str(shards / "train.json"))
