@@ -23,6 +23,7 @@ from wds_convnext.errors import DataError, ShardError, TrainingError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.reader import SampleReader, open_shards
 from wds_convnext.shards.spec import ShardSet
+from wds_convnext.stream import loader
 from wds_convnext.stream.loader import Slots
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
@@ -495,6 +496,22 @@ def test_workers_outlive_the_signals_that_stop_a_run(shard_set):
     taken += [next(batches) for _ in range(6)]
 
     batches.close()
+    assert_same(taken, take(train_stream(shard_set), 7))
+
+
+def test_workers_outlive_signals_that_come_before_they_ignore_them(shard_set, monkeypatch):
+    """Each worker's come in its first line, however soon the trainer asks for a batch."""
+    settle_in = loader._settle_in
+
+    def signal_then_settle_in(worker_id):
+        for signum in loader.STOP_SIGNALS:
+            os.kill(os.getpid(), signum)
+        settle_in(worker_id)
+
+    monkeypatch.setattr(loader, "_settle_in", signal_then_settle_in)
+
+    taken = take(train_stream(shard_set), 7, workers=2)
+
     assert_same(taken, take(train_stream(shard_set), 7))
 
 
