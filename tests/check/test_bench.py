@@ -176,6 +176,7 @@ def test_a_bad_option_is_refused(capsys, manifest):
     assert "'--seconds': 0" in err and out == ""
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])
 def test_what_is_timed_is_the_transform_itself(color_jitter):
     """The same image to the last bit, in its three parts."""
