@@ -12,9 +12,8 @@ from conftest import command, encode_image, run, sample_members, write_shards, w
 from wds_convnext.check.index import index_shards, read_class_names
 from wds_convnext.check.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import read_manifest
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import ShardStream
 
@@ -213,6 +212,6 @@ def test_the_command_line_indexes_with_several_processes(tmp_path):
     (about,) = json.load(io.StringIO(result.stdout)).values()
     assert about == {"num_samples": 9, "num_shards": 3, "num_classes": 3}
     dataset = open_dataset(str(tmp_path))
-    reader = SampleReader(dataset.shards, label_field=dataset.label_field)
+    reader = SampleReader(dataset)
     assert [reader.read_label(1, sample) for sample in range(3)] == [1, 2, 0]
     assert dataset.class_names == ("ant", "bee", "cat")

@@ -16,7 +16,7 @@ from parquet_sets import image_table, sorted_rows, write_split
 from wds_convnext.check.verify import verify
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import ShardError, UsageError
-from wds_convnext.shards.spec import read_manifest
+from wds_convnext.shards.dataset import read_manifest
 from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
 
 

@@ -18,9 +18,8 @@ from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows
 
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import read_manifest
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent)}
@@ -112,7 +111,7 @@ def test_our_reader_reads_what_was_written(source, tmp_path):
 
     dataset = open_dataset(str(tmp_path / "out/train.json"))
 
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
     read = [
         reader.read(shard, sample)
         for shard, size in enumerate(dataset.sizes)
@@ -457,7 +456,7 @@ def test_all_formats_keep_their_extension_and_are_reported(tmp_path):
     assert "train: 6 samples, 4 classes, 1 shard, " in str(report)
     assert "next: wds-convnext verify" in str(report)
     dataset = open_dataset(str(tmp_path / "out/train.json"))
-    assert SampleReader(dataset.shards).read(0, 2) == (images[2], 0)
+    assert SampleReader(dataset).read(2) == (images[2], 0)
 
 
 def test_a_pillow_decode_finds_what_the_header_hides(tmp_path):

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.dataset import find_validation, open_dataset
+from wds_convnext.shards.dataset import find_validation, open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader, load_index
-from wds_convnext.shards.spec import Shard, read_manifest
+from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import BLOCK, format_sidecar, index_samples, sidecar_path, walk_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -41,10 +41,10 @@ def test_every_sample_is_read_as_written(tmp_path, format, with_sidecar):
     shard = write_tar(tmp_path / "a.tar", members, format=FORMATS[format])
     if with_sidecar:
         Path(sidecar_path(shard)).write_bytes(format_sidecar(list(walk_tar(shard))))
-    reader = SampleReader((Shard(shard, 5),))
+    reader = SampleReader(open_dataset(shard))
 
     forwards = read_all(reader)
-    backwards = [reader.read(0, sample) for sample in reversed(range(5))]
+    backwards = [reader.read(sample) for sample in reversed(range(5))]
 
     assert forwards == pairs(members)
     assert backwards == forwards[::-1]
@@ -57,7 +57,7 @@ def test_samples_of_long_names_are_read(tmp_path, format, name):
     members = [(f"{name}.cls", b"3"), (f"{name}.jpg", b"image")]
     shard = write_tar(tmp_path / "a.tar", members, format=FORMATS[format])
 
-    assert SampleReader((Shard(shard, 1),)).read(0, 0) == (b"image", 3)
+    assert SampleReader(open_dataset(shard)).read(0) == (b"image", 3)
 
 
 def test_a_member_of_8_gigabytes_fits_the_header_check(tmp_path):
@@ -71,9 +71,9 @@ def test_a_member_of_8_gigabytes_fits_the_header_check(tmp_path):
         file.write(label.tobuf() + b"2".ljust(BLOCK, b"\0") + big.tobuf(tarfile.GNU_FORMAT))
         file.seek(big.size, os.SEEK_CUR)
         file.write(image.tobuf() + b"image".ljust(BLOCK, b"\0") + bytes(2 * BLOCK))
-    reader = SampleReader((Shard(str(shard), 1),))
+    reader = SampleReader(open_dataset(str(shard)))
 
-    assert reader.read(0, 0) == (b"image", 2)
+    assert reader.read(0) == (b"image", 2)
 
 
 def test_an_image_far_from_its_label_is_read_by_itself(tmp_path):
@@ -81,7 +81,7 @@ def test_an_image_far_from_its_label_is_read_by_itself(tmp_path):
     members = [("a.cls", b"3"), ("a.npy", bytes(100_000)), ("a.jpg", b"image")]
     shard = write_tar(tmp_path / "a.tar", members)
 
-    assert SampleReader((Shard(shard, 1),)).read(0, 0) == (b"image", 3)
+    assert SampleReader(open_dataset(shard)).read(0) == (b"image", 3)
 
 
 def test_webdatasets_shards_are_read(tmp_path):
@@ -93,7 +93,7 @@ def test_webdatasets_shards_are_read(tmp_path):
         for i, (format, image) in enumerate(zip(formats, images)):
             writer.write({"__key__": f"{i:03d}", format: image, "cls": 10 + i, "txt": "a caption"})
 
-    assert read_all(SampleReader((Shard(shard, 3),))) == list(zip(images, [10, 11, 12]))
+    assert read_all(SampleReader(open_dataset(shard))) == list(zip(images, [10, 11, 12]))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_cls_label_is_decimal_text(tmp_path, text, label):
     """Whitespace around it is allowed."""
     shard = write_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.cls", text)])
 
-    _, found = SampleReader((Shard(shard, 1),)).read(0, 0)
+    _, found = SampleReader(open_dataset(shard)).read(0)
 
     assert found == (int(text) if label is None else label)
 
@@ -123,7 +123,7 @@ def test_a_json_label_is_a_whole_number_in_its_field(tmp_path, value, label):
     shard = write_tar(tmp_path / "a.tar", [("a.jpg", b"image"), ("a.json", content)])
     reader = SampleReader((Shard(shard, 1),), label_field="class")
 
-    assert reader.read(0, 0) == (b"image", label)
+    assert reader.read(0) == (b"image", label)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_label_that_is_no_whole_number_names_its_sample(tmp_path, extension, c
     )
 
     with pytest.raises(DataError) as error:
-        SampleReader((Shard(shard, 1),)).read(0, 0)
+        SampleReader(open_dataset(shard)).read(0)
 
     assert str(error.value) == (
         f"{shard}, key n01_37: the label {content!r} is not an integer. "
@@ -168,9 +168,9 @@ def test_a_raw_sample_is_webdatasets(tmp_path):
         ("d/b.txt", b"no label"),
     ]
     shard = write_tar(tmp_path / "a.tar", members)
-    reader = SampleReader((Shard(shard, 2),))
+    reader = SampleReader(open_dataset(shard))
 
-    samples = [reader.read_raw(0, i) for i in range(2)]
+    samples = [reader.read_raw(i) for i in range(2)]
 
     theirs = list(webdataset.WebDataset(shard, shardshuffle=False))
     assert [dict(sample, __local_path__=None) for sample in samples] == [
@@ -182,14 +182,14 @@ def test_a_sample_is_described_by_the_image_that_is_read(tmp_path):
     """Where there are two, that is the first of the extensions, not of the members."""
     members = [("a.png", b"small"), ("a.jpg", b"the image"), ("a.cls", b"0")]
     shard = write_tar(tmp_path / "a.tar", members)
-    reader = SampleReader((Shard(shard, 1),))
+    reader = SampleReader(open_dataset(shard))
 
-    where = reader.describe(0, 0)
+    where = reader.describe(0)
 
     assert where["shard"] == shard
     assert where["key"] == "a"
     assert Path(shard).read_bytes()[where["offset"] :].startswith(b"the image")
-    assert reader.read(0, 0)[0] == b"the image"
+    assert reader.read(0)[0] == b"the image"
 
 
 @given(moves=st.lists(st.integers(-2, 2), min_size=4, max_size=4).filter(any), data=st.data())
@@ -204,11 +204,11 @@ def test_a_stale_sidecar_gives_an_error_or_the_right_sample(tmp_path_factory, mo
     write_tar(folder / "a.tar", blocks(resized))
     truth = pairs(blocks(resized))
     Path(sidecar_path(shard)).write_bytes(format_sidecar(samples))
-    reader = SampleReader((Shard(shard, 4),))
+    reader = SampleReader(open_dataset(shard))
 
     for sample in range(4):
         try:
-            found = reader.read(0, sample)
+            found = reader.read(sample)
         except ShardError as error:
             assert shard.removesuffix(".tar") in str(error)
         else:
@@ -230,7 +230,7 @@ def test_a_sidecar_of_another_shard_is_refused(tmp_path):
     shard = write_tar(tmp_path / "a.tar", sample_members(4))
     other = write_tar(tmp_path / "b.tar", sample_members(4, start=4))
     Path(sidecar_path(shard)).write_bytes(format_sidecar(list(walk_tar(other))))
-    reader = SampleReader((Shard(shard, 4),))
+    reader = SampleReader(open_dataset(shard))
 
     for sample in range(1, 4):
         for read in (reader.read, reader.read_raw):
@@ -242,7 +242,7 @@ def test_a_sidecar_of_another_shard_is_refused(tmp_path):
 def test_another_number_of_samples_than_the_manifests_is_refused(tmp_path, num_samples):
     """Whether samples or whole dicts are read."""
     shard = write_tar(tmp_path / "a.tar", sample_members(4))
-    reader = SampleReader((Shard(shard, num_samples),))
+    reader = SampleReader(open_dataset(shard))
 
     for read in (reader.read, reader.read_raw):
         with pytest.raises(ShardError) as error:
@@ -270,21 +270,21 @@ def test_another_size_than_the_manifests_is_refused(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     """Before anything is read; asking for its bytes ahead of time stops nothing."""
     reader = SampleReader((Shard(str(tmp_path / "gone.tar"), 1),))
-    reader.will_read(0, 0)
+    reader.will_read(0)
 
     with pytest.raises(ShardError, match=r"gone.tar: No such file or directory. Run make shards"):
-        reader.read(0, 0)
+        reader.read(0)
 
 
 def test_a_shard_cut_after_it_was_indexed_is_refused(tmp_path):
     """A file that changes under a running reader gives an error, not other bytes."""
     shard = write_tar(tmp_path / "a.tar", sample_members(4))
-    reader = SampleReader((Shard(shard, 4),))
-    reader.read(0, 0)
-    os.truncate(shard, reader.describe(0, 3)["offset"] + 1)
+    reader = SampleReader(open_dataset(shard))
+    reader.read(0)
+    os.truncate(shard, reader.describe(3)["offset"] + 1)
 
     with pytest.raises(ShardError, match="a.tar: no member of"):
-        reader.read(0, 3)
+        reader.read(3)
 
 
 @pytest.mark.parametrize("bound", [{"max_open": 2}, {"max_indexed": 6}, {"max_indexed": 1}])
@@ -369,9 +369,7 @@ def test_shards_without_a_manifest_are_surveyed(tmp_path):
     assert dataset.class_names == ("0", "1", "2")
     assert seen == [shard.path for shard in dataset.shards]
     assert [shard.num_bytes for shard in dataset.shards] == list(map(os.path.getsize, seen))
-    assert read_all(SampleReader(dataset.shards)) == pairs(
-        sample_members(3) + sample_members(2, start=5)
-    )
+    assert read_all(SampleReader(dataset)) == pairs(sample_members(3) + sample_members(2, start=5))
 
 
 def corrupt(folder: Path) -> None:
@@ -452,15 +450,15 @@ def test_reading_is_one_pread_and_two_header_checks(tmp_path):
     shard = write_tar(tmp_path / "a.tar", sample_members(1))
     index = index_samples(shard, list(walk_tar(shard)))
     whole = Path(shard).read_bytes()
-    reader = SampleReader((Shard(shard, 1),))
-    reader.read(0, 0)
+    reader = SampleReader(open_dataset(shard))
+    reader.read(0)
 
     for offset in (int(index.image_offset[0]), int(index.label_offset[0])):
         damaged = bytearray(whole)
         damaged[offset - BLOCK + 134] ^= 1
         Path(shard).write_bytes(damaged)
         with pytest.raises(ShardError, match="where its index says so"):
-            reader.read(0, 0)
+            reader.read(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS has no posix_fadvise")
@@ -471,7 +469,7 @@ def test_bytes_asked_for_are_those_that_are_read(tmp_path, monkeypatch):
     members = sample_members(3)
     reader = SampleReader((Shard(write_tar(tmp_path / "a.tar", members), 3),))
 
-    reader.will_read(0, 2)
+    reader.will_read(2)
 
-    offset, num_bytes = reader.describe(0, 2)["offset"], len(reader.read(0, 2)[0])
+    offset, num_bytes = reader.describe(2)["offset"], len(reader.read(2)[0])
     assert asked == [(offset - 512, 512 + num_bytes, os.POSIX_FADV_WILLNEED)]

@@ -261,7 +261,7 @@ def test_a_manifest_reads_back_as_written(
         options,
     )
 
-    manifest.write(path)
+    manifest.write_manifest(path)
 
     assert read_manifest(path) == manifest
 

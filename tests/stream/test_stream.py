@@ -47,7 +47,7 @@ def damaged_set(tmp_path) -> Dataset:
 
 def damage_images(dataset: Dataset, places: list[tuple[int, int]]) -> Dataset:
     """Overwrite the first bytes of some images, in place."""
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
     for shard, sample in places:
         where = reader.describe(shard, sample)
         with open(where["shard"], "r+b") as file:
@@ -119,7 +119,7 @@ def concatenated(batches: list[Batch]) -> Batch:
 def test_a_batch_is_its_orders_samples_transformed(dataset):
     """uint8 pixels and labels of the samples that the order names, drawn for (epoch, sample)."""
     order = train_order(dataset)
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
 
     batches = take(train_stream(dataset), 8)
 
@@ -129,7 +129,7 @@ def test_a_batch_is_its_orders_samples_transformed(dataset):
         assert batch.images.shape == (4, 3, 16, 16)
         draws = uniform(order.sample_keys(refs), TRAIN.NUM_DRAWS)
         for i in range(4):
-            data, label = reader.read(int(refs.shard[i]), int(refs.sample[i]))
+            data, label = reader.read(int(refs.number[i]))
             assert torch.equal(batch.images[i], TRAIN(data, draws[i]))
             assert batch.labels[i] == label
         assert batch.is_real.all()
@@ -286,7 +286,7 @@ def test_evaluation_sees_every_sample_once(dataset, workers, world_size, batch_s
 def test_a_bad_sample_is_replaced_and_listed(damaged_set):
     """By the next of its shard that decodes; with shard, key, offset, epoch and reason."""
     order = train_order(damaged_set, global_batch=23, buffer=23)
-    reader = SampleReader(damaged_set.shards)
+    reader = SampleReader(damaged_set)
     replacement = {2: 4, 3: 4, 20: 21}
 
     batch = take(train_stream(damaged_set, batch_size=23, global_batch=23, buffer=23), 1)[0]
@@ -307,7 +307,7 @@ def test_a_bad_sample_is_replaced_and_listed(damaged_set):
         assert bad["epoch"] == 0
         assert bad["reason"]
         assert Path(bad["shard"]).read_bytes()[bad["offset"] :].startswith(b"no jpeg!")
-    assert reader.describe(0, 2)["key"] == "0002"
+    assert reader.describe(2)["key"] == "0002"
 
 
 def test_a_replacement_moves_no_other_sample(dataset, damaged_set):
@@ -347,7 +347,7 @@ def test_a_shard_in_which_nothing_decodes_stops_the_run(tmp_path, workers):
 
 def relabel(dataset: Dataset, label: bytes) -> None:
     """Give the first sample another label, of one byte."""
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
     whole = Path(dataset.shards[0].path).read_bytes()
     at = int(reader._index(0).label_offset[0])
     Path(dataset.shards[0].path).write_bytes(whole[:at] + label + whole[at + 1 :])
@@ -403,7 +403,7 @@ def test_an_error_of_a_worker_arrives_as_itself(
 def test_batches_before_an_error_are_handed_over(tmp_path):
     """With several workers too, the error comes in its batch's turn."""
     dataset = open_dataset(str(write_shards(tmp_path, [8])))
-    where = SampleReader(dataset.shards).describe(0, 6)
+    where = SampleReader(dataset).describe(6)
     with open(where["shard"], "r+b") as file:
         file.seek(where["offset"] - 512)
         file.write(bytes(512))

@@ -414,7 +414,7 @@ def test_an_overflow_of_the_scaled_gradient_only_skips():
 def keys_of_step(shards, step: int) -> list[str]:
     train_data = open_dataset(str(shards / "train.json"))
     refs = TrainOrder(train_data.sizes, **ORDER).global_batch(step)
-    with closing(SampleReader(train_data.shards)) as reader:
+    with closing(SampleReader(train_data)) as reader:
         return [reader.describe(*map(int, place))["key"] for place in zip(refs.shard, refs.sample)]
 
 

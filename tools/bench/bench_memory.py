@@ -33,7 +33,7 @@ import click
 from bench_peers import Setting, article
 
 from wds_convnext.check.measure import process_tree
-from wds_convnext.shards.spec import read_manifest
+from wds_convnext.shards.dataset import read_manifest
 
 BATCH_SIZE, IMAGE_SIZE = 64, 224
 BASE_GIGABYTES = 0.5
@@ -110,7 +110,7 @@ def ours(folder: Path, case: Case) -> Iterator:
     from wds_convnext.stream.transforms import TrainTransform
 
     dataset = open_dataset(str(folder / "shards" / "train.json"))
-    buffer = case.shuffle_buffer or dataset.num_samples
+    buffer = case.shuffle_buffer or len(dataset)
     order = TrainOrder(dataset.sizes, 0, BATCH_SIZE, buffer)
     transform = TrainTransform(IMAGE_SIZE)
     stream = ShardStream(dataset, order, batch_size=BATCH_SIZE, transform=transform)
