@@ -16,7 +16,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import open_dataset
 
 CHANGES = ("replace", "fsync", "unlink", "rmdir", "mkdir")
-RESUMED_AT = 5  # changes that each process of `again` lives to make, at least
+RESUMED_AT = 12  # changes that each process of `again` lives to make, at least
 
 
 def die_before(change: int) -> None:

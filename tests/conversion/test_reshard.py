@@ -19,9 +19,8 @@ from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows
 
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import read_manifest
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent)}
@@ -75,12 +74,12 @@ def test_there_is_a_shard_for_every_file_a_sidecar_for_every_shard_and_a_manifes
         for i in range(num_files)
         for extension in (".idx", ".tar")
     ]
-    names += ["test.json", "train.json", "validation.json"]
+    names += [f"{s}.{kind}" for s in ("test", "train", "validation") for kind in ("json", "index")]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
     assert {split.split: split.num_samples for split in report.splits} == {
         "test": 26, "train": 26, "validation": 26,
     }  # fmt: skip
-    assert read_manifest(tmp_path / "out/train.json").dataset == "in"
+    assert read_manifest(tmp_path / "out/train.json").name == "in"
 
 
 def test_in_stored_order_every_row_is_there_once_in_its_place(source, tmp_path):
@@ -113,12 +112,9 @@ def test_our_reader_reads_what_was_written(source, tmp_path):
 
     dataset = open_dataset(str(tmp_path / "out/train.json"))
 
-    reader = SampleReader(dataset.shards)
-    read = [
-        reader.read(shard, sample)
-        for shard, size in enumerate(dataset.sizes)
-        for sample in range(size)
-    ]
+    reader = SampleReader(dataset)
+    read = [reader.read(number) for number in range(len(dataset))]
+    assert dataset.index.has_checksums
     assert read == [(image, label) for _, image, label in samples_of(tmp_path / "out")]
     assert dataset.class_names == ("ant", "bee", "cat", "dog")
 
@@ -464,7 +460,7 @@ def test_all_formats_keep_their_extension_and_are_reported(tmp_path):
     assert "train: 6 samples, 4 classes, 1 shard, " in str(report)
     assert "next: wds-convnext verify" in str(report)
     dataset = open_dataset(str(tmp_path / "out/train.json"))
-    assert SampleReader(dataset.shards).read(0, 2) == (images[2], 0)
+    assert SampleReader(dataset).read(2) == (images[2], 0)
 
 
 def test_a_pillow_decode_finds_what_the_header_hides(tmp_path):

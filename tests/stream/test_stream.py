@@ -19,7 +19,7 @@ from conftest import HANG_S, sample_members, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_convnext.errors import DataError, ShardError, TrainingError
+from wds_convnext.errors import ShardError, TrainingError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.reader import SampleReader
@@ -48,9 +48,9 @@ def damaged_set(tmp_path) -> Dataset:
 
 def damage_images(dataset: Dataset, places: list[tuple[int, int]]) -> Dataset:
     """Overwrite the first bytes of some images, in place."""
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
     for shard, sample in places:
-        where = reader.describe(shard, sample)
+        where = reader.describe(dataset.numbers_of(shard)[sample])
         with open(where["shard"], "r+b") as file:
             file.seek(where["offset"])
             file.write(b"no jpeg!")
@@ -120,7 +120,7 @@ def concatenated(batches: list[Batch]) -> Batch:
 def test_a_batch_is_its_orders_samples_transformed(dataset):
     """uint8 pixels and labels of the samples that the order names, drawn for (epoch, sample)."""
     order = train_order(dataset)
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
 
     batches = take(train_stream(dataset), 8)
 
@@ -130,7 +130,7 @@ def test_a_batch_is_its_orders_samples_transformed(dataset):
         assert batch.images.shape == (4, 3, 16, 16)
         draws = uniform(order.sample_keys(refs), TRAIN.NUM_DRAWS)
         for i in range(4):
-            data, label = reader.read(int(refs.shard[i]), int(refs.sample[i]))
+            data, label = reader.read(int(refs.number[i]))
             assert torch.equal(batch.images[i], TRAIN(data, draws[i]))
             assert batch.labels[i] == label
         assert batch.is_real.all()
@@ -287,7 +287,7 @@ def test_evaluation_sees_every_sample_once(dataset, workers, world_size, batch_s
 def test_a_bad_sample_is_replaced_and_listed(damaged_set):
     """By the next of its shard that decodes; with shard, key, offset, epoch and reason."""
     order = train_order(damaged_set, global_batch=23, buffer=23)
-    reader = SampleReader(damaged_set.shards)
+    reader = SampleReader(damaged_set)
     replacement = {2: 4, 3: 4, 20: 21}
 
     batch = take(train_stream(damaged_set, batch_size=23, global_batch=23, buffer=23), 1)[0]
@@ -308,7 +308,7 @@ def test_a_bad_sample_is_replaced_and_listed(damaged_set):
         assert bad["epoch"] == 0
         assert bad["reason"]
         assert Path(bad["shard"]).read_bytes()[bad["offset"] :].startswith(b"no jpeg!")
-    assert reader.describe(0, 2)["key"] == "0002"
+    assert reader.describe(2)["key"] == "0002"
 
 
 def test_a_replacement_moves_no_other_sample(dataset, damaged_set):
@@ -348,9 +348,9 @@ def test_a_shard_in_which_nothing_decodes_stops_the_run(tmp_path, workers):
 
 def relabel(dataset: Dataset, label: bytes) -> None:
     """Give the first sample another label, of one byte."""
-    reader = SampleReader(dataset.shards)
+    reader = SampleReader(dataset)
     whole = Path(dataset.shards[0].path).read_bytes()
-    at = int(reader._index(0).label_offset[0])
+    at = reader.dataset.index.record(0, 0).places[1][0]
     Path(dataset.shards[0].path).write_bytes(whole[:at] + label + whole[at + 1 :])
 
 
@@ -367,17 +367,6 @@ def remove(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("damage", "error_class", "message"),
     [
-        (
-            lambda dataset: relabel(dataset, b"9"),
-            ShardError,
-            "{}, key 0000: label 9 is outside the 4 classes. Run make shards again.",
-        ),
-        (
-            lambda dataset: relabel(dataset, b"x"),
-            DataError,
-            "{}, key 0000: the label b'x' is not an integer. Labels are class numbers, in .cls "
-            "or in the field 'label' of .json.",
-        ),
         (
             cut,
             ShardError,
@@ -401,10 +390,36 @@ def test_an_error_of_a_worker_arrives_as_itself(
     assert str(error.value) == message.format(dataset.shards[0].path)
 
 
+def test_a_label_that_is_no_class_stops_the_run(tmp_path):
+    """It was so when the shards were indexed, so other samples may be labeled as wrongly."""
+    manifest = write_shards(tmp_path, [3])
+    relabel(open_dataset(str(manifest)), b"9")
+
+    with pytest.raises(ShardError, match="key 0000: label 9 is outside the 4 classes"):
+        take(train_stream(open_dataset(str(manifest))), 1)
+
+
+@pytest.mark.parametrize("label", [b"1", b"9", b"x"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_label_that_is_not_the_indexed_one_is_a_bad_sample(tmp_path, label, workers):
+    """Another class, no class, no number: replaced in training, left out in evaluation."""
+    dataset = open_dataset(str(write_shards(tmp_path, [3])))
+    relabel(dataset, label)
+
+    trained = take(train_stream(dataset), 3, workers=workers)
+    (evaluated,) = take(eval_stream(dataset, batch_size=4), 1, workers=workers)
+
+    bad = [sample for batch in trained for sample in batch.bad_samples]
+    assert {sample["key"] for sample in bad} == {"0000"}
+    assert all(batch.is_real.all() for batch in trained)
+    assert evaluated.is_real.tolist() == [False, True, True, False]
+    assert [sample["key"] for sample in evaluated.bad_samples] == ["0000"]
+
+
 def test_batches_before_an_error_are_handed_over(tmp_path):
     """With several workers too, the error comes in its batch's turn."""
     dataset = open_dataset(str(write_shards(tmp_path, [8])))
-    where = SampleReader(dataset.shards).describe(0, 6)
+    where = SampleReader(dataset).describe(6)
     with open(where["shard"], "r+b") as file:
         file.seek(where["offset"] - 512)
         file.write(bytes(512))

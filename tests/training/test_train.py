@@ -417,8 +417,8 @@ def test_an_overflow_of_the_scaled_gradient_only_skips():
 def keys_of_step(shards, step: int) -> list[str]:
     train_data = open_dataset(str(shards / "train.json"))
     refs = TrainOrder(train_data.sizes, **ORDER).global_batch(step)
-    with closing(SampleReader(train_data.shards)) as reader:
-        return [reader.describe(*map(int, place))["key"] for place in zip(refs.shard, refs.sample)]
+    with closing(SampleReader(train_data)) as reader:
+        return [reader.key(number) for number in refs.number.tolist()]
 
 
 def run_config(shards, tmp_path, **options) -> TrainConfig:

@@ -15,7 +15,7 @@ from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
 from wds_convnext.shards.dataset import Dataset, find_validation, open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
-from wds_convnext.stream.loader import num_workers
+from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import EvalOrder, SampleRefs, TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform
@@ -154,7 +154,7 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         spec = config.shards or facts["val_shards"]
         if spec is None:
             raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
-        dataset = open_dataset(spec, progress=_survey_bar)
+        dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
         if dataset.class_names != tuple(facts["class_names"]):
             raise ShardError(
                 f"{spec}: its {dataset.num_classes} classes are not the {facts['num_classes']} "
@@ -244,7 +244,7 @@ def _evaluate(
     )
     return evaluate(
         forward,
-        _limit_bad_samples(bar, max_bad_samples * split.num_samples),
+        _limit_bad_samples(bar, max_bad_samples * len(split)),
         normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, device),
         autocast=compute.autocast,
         world=compute.world,
@@ -253,8 +253,8 @@ def _evaluate(
 
 def _name_samples(dataset: Dataset, refs: SampleRefs) -> list[str]:
     """Shard and key of samples, as messages name them."""
-    with closing(SampleReader(dataset.shards)) as reader:
-        places = [reader.describe(*map(int, place)) for place in zip(refs.shard, refs.sample)]
+    with closing(SampleReader(dataset)) as reader:
+        places = [reader.describe(number) for number in refs.number.tolist()]
     return [f"{place['shard']}, key {place['key']}" for place in places]
 
 
@@ -286,9 +286,9 @@ def _evaluate_best(folder: Path, state: TrainState, validate: Callable, say: Cal
 
 def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | None]:
     """The training split, the validation split if there is one, and what names the latter."""
-    train_data = open_dataset(config.shards, progress=_survey_bar)
+    train_data = open_dataset(config.shards, jobs=num_cores(), quiet=False)
     spec = config.val_shards or find_validation(train_data)
-    val_data = open_dataset(spec, progress=_survey_bar) if spec else None
+    val_data = open_dataset(spec, jobs=num_cores(), quiet=False) if spec else None
     if val_data is not None and val_data.class_names != train_data.class_names:
         raise ShardError(
             f"{spec}: its {val_data.num_classes} class names differ from the "
@@ -300,7 +300,3 @@ def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | No
             for shard in tqdm(dataset.shards, desc=name, unit="shard", disable=None):
                 check_sha256(shard)
     return train_data, val_data, spec
-
-
-# Shards without a manifest are walked through; `wds-convnext index` writes one.
-_survey_bar = partial(tqdm, desc="Reading labels", unit="shard", disable=None)
