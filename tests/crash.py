@@ -40,7 +40,7 @@ def die_before(change: int) -> None:
 def found(out: str) -> str:
     """What a reader that takes all shards finds."""
     try:
-        return f"{open_dataset(os.path.join(out, 'train-*.tar')).num_samples} samples"
+        return f"{len(open_dataset(os.path.join(out, 'train-*.tar')))} samples"
     except ShardError:
         return "unfinished"
 

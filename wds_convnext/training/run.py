@@ -83,6 +83,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     )
     facts = describe(config, train_data, val_spec, order, compute)
     state, notes = build_state(config, train_data.num_classes, compute)
+    notes += [_without_checksums(data) for data in (train_data, val_data) if data is not None]
     if resumed:
         rundir.check_resumable(resumed["facts"], facts, warn=warn)
         state.load_state_dict(resumed)
@@ -93,7 +94,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     recipe = build_recipe(config, state, train_data.num_classes, compute)
     gauges = build_gauges(config, state, recipe, compute)
     say(introduce(config, state, train_data, val_data, order, compute, gauges))
-    for note in notes:
+    for note in filter(None, notes):
         say(note)
     warning = lr_warning(config, order.global_batch_size)
     if warning:
@@ -256,6 +257,16 @@ def _name_samples(dataset: Dataset, refs: SampleRefs) -> list[str]:
     with closing(SampleReader(dataset)) as reader:
         places = [reader.describe(number) for number in refs.number.tolist()]
     return [f"{place['shard']}, key {place['key']}" for place in places]
+
+
+def _without_checksums(dataset: Dataset) -> str | None:
+    if dataset.index.has_checksums:
+        return None
+    folder = Path(dataset.shards[0].path).parent
+    return (
+        f"The {dataset.split} split has no checksums, so flipped bits in it go unseen; "
+        f"add them once: wds-convnext index {folder}"
+    )
 
 
 def _limit_bad_samples(batches: Iterator[Batch], allowed: float) -> Iterator[Batch]:
