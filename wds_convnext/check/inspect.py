@@ -21,7 +21,7 @@ from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.shards.dataset import Dataset
-from wds_convnext.shards.imagecheck import ImageSurvey, inspect_image
+from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import read_samples

@@ -31,7 +31,7 @@ from wds_convnext.errors import DataError, UsageError
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.rng import derive_key
-from wds_convnext.shards.imagecheck import ImageSurvey
+from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.spec import Manifest, Shard, read_manifest
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
