@@ -21,7 +21,7 @@ from wds_convnext.conversion.parquet import ParquetSplit, find_splits, open_spli
 from wds_convnext.conversion.rows import UNLABELLED, read_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Progress, Workers
-from wds_convnext.shards.imagecheck import inspect_image
+from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import read_samples
@@ -211,7 +211,7 @@ def digest_rows(task: DigestRows, count: Callable[[int, int], None]) -> tuple[np
 
 def _is_usable(image, label: int) -> bool:
     try:
-        inspect_image(image or b"", decode=True)
+        decode_rgb(bytes(image or b""))
     except DataError:
         return False
     return label != UNLABELLED

@@ -25,7 +25,7 @@ from wds_convnext.check.advice import ROOM, BenchReport, Stages, WorkerRate
 from wds_convnext.check.measure import measure_loader
 from wds_convnext.errors import DataError
 from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.imagecheck import inspect_image
+from wds_convnext.shards.image import inspect_image
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import PREFETCH, num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder

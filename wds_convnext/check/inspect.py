@@ -20,7 +20,7 @@ from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.imagecheck import ImageSurvey, inspect_image
+from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import read_samples

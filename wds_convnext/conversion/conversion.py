@@ -33,7 +33,7 @@ from wds_convnext.files import write_atomically
 from wds_convnext.pool import Progress, Workers
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
-from wds_convnext.shards.imagecheck import ImageSurvey
+from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.index import MAGIC, encode_footer
 from wds_convnext.shards.indexing import write_pieces
 from wds_convnext.shards.spec import Shard

@@ -17,7 +17,8 @@ from wds_convnext.conversion.spill import SpillWriter, read_spilled
 from wds_convnext.conversion.staging import recorded
 from wds_convnext.conversion.tarwriter import ShardWriter
 from wds_convnext.errors import DataError
-from wds_convnext.shards.imagecheck import ImageSurvey, inspect_image
+from wds_convnext.shards.decode import decode_rgb
+from wds_convnext.shards.image import ImageSurvey, inspect_image
 
 NO_IMAGE = "its image is null"
 NO_LABEL = "its label is null or not a class"
@@ -61,7 +62,9 @@ def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]
                     raise DataError(NO_LABEL)
                 if image is None:
                     raise DataError(NO_IMAGE)
-                facts = inspect_image(image, decode=rows.decode)
+                facts = inspect_image(image)
+                if rows.decode:
+                    decode_rgb(bytes(image))  # as training will
             except DataError as error:
                 findings.bad.append((row, str(error)))
                 continue

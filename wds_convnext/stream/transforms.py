@@ -2,10 +2,10 @@
 
 A transform is a frozen value and a pure function: all randomness comes in as `draws`, uniform
 numbers in [0, 1) that the caller has keyed by seed, epoch and sample. Geometry, rounding and
-colours are torchvision's; pixels differ from Pillow's antialiased resize by at most 2 of 255.
+colors are torchvision's; pixels differ from Pillow's antialiased resize by at most 2 of 255.
 
 CPU ms per image, one core, 500 ImageNet photographs, medians of 9 interleaved rounds:
-TrainTransform 1.38 (1.80 with colour jitter), torchvision's decode_jpeg and v2 1.59, Pillow 2.21;
+TrainTransform 1.38 (1.80 with color jitter), torchvision's decode_jpeg and v2 1.59, Pillow 2.21;
 EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 - Pillow's resize of the decoded crop 1.74; torchvision's 1.42, and its import in every worker.
 - The crop made contiguous (3, H, W) before the resize 1.46: torch's kernel wants RGB triples.
@@ -24,7 +24,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from wds_convnext.shards.decode import Box, ImageError, check_num_pixels, decode_rgb
+from wds_convnext.shards.decode import Box, decode_rgb
+from wds_convnext.shards.image import ImageError, check_num_pixels
 
 __all__ = ["Box", "EvalTransform", "ImageError", "TrainTransform", "random_crop_box"]
 
@@ -34,7 +35,7 @@ _NUM_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Encoded bytes -> uint8 (3, image_size, image_size): random crop, flip, colour jitter.
+    """Encoded bytes -> uint8 (3, image_size, image_size): random crop, flip, color jitter.
 
     Layout of the draws: (area, ratio) for each of the ten attempts at a crop, then top, left,
     flip, brightness, contrast, saturation, and the order of these three.
@@ -63,7 +64,7 @@ class TrainTransform:
         return image.flip(-1) if draws[_NUM_CROP_DRAWS] < self.hflip else image
 
     def jitter(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """The image with its colours changed; itself if there is no colour jitter."""
+        """The image with its colors changed; itself if there is no color jitter."""
         if self.color_jitter <= 0:
             return image
         *factor_draws, order = draws[_NUM_CROP_DRAWS + 1 :].tolist()
@@ -73,7 +74,7 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Encoded bytes -> uint8 (3, image_size, image_size): resize the short side, crop the centre.
+    """Encoded bytes -> uint8 (3, image_size, image_size): resize the short side, crop the center.
 
     The short side becomes round(image_size / crop_ratio): 256 for 224.
     """
@@ -165,16 +166,16 @@ def _adjust_brightness_(image: torch.Tensor, factor: float) -> None:
 
 def _adjust_contrast_(image: torch.Tensor, factor: float) -> None:
     # A float64 sum of whole numbers is exact, so it is the same for any number of threads.
-    mean = _grey(image).mean(dtype=torch.float64)
+    mean = _gray(image).mean(dtype=torch.float64)
     image.mul_(factor).add_(mean.float(), alpha=1 - factor)
 
 
 def _adjust_saturation_(image: torch.Tensor, factor: float) -> None:
-    grey = _grey(image)
-    image.mul_(factor).add_(grey, alpha=1 - factor)
+    gray = _gray(image)
+    image.mul_(factor).add_(gray, alpha=1 - factor)
 
 
-def _grey(image: torch.Tensor) -> torch.Tensor:
+def _gray(image: torch.Tensor) -> torch.Tensor:
     """Luma, rounded down; float32 (H, W). The weights are torchvision's."""
     red, green, blue = image
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()

@@ -1,0 +1,279 @@
+"""What encoded bytes are: the format, size and mode of an image, and whether it is whole.
+
+Conversion, verify, inspect, training and evaluation all judge by this module, and take pixels from
+`decode` on top of it: what one of them accepts, the others accept.
+"""
+
+import functools
+import io
+import struct
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from wds_convnext.errors import DataError
+
+MAX_PIXELS = 178_956_970  # where Pillow, too, refuses an image as a decompression bomb
+
+# Pillow's names of the formats, and the extension that a member with such an image gets. They are
+# those that members of a shard may be named after (`tar.IMAGE_EXTENSIONS`). Others stay out: TIFF
+# and PPM have no member to stand in, and EPS would be handed to Ghostscript.
+# MPO is a JPEG with further pictures behind it, as 3-D cameras and phones write.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
+_FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens it as a JPEG
+
+# JPEG markers (ITU-T T.81, table B.1): a byte 0xFF, then one of these.
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL_HUFFMAN = (0xC0, 0xC1)
+_START_OF_SCAN, _RESTART_INTERVAL, _APP1, _FILL = 0xDA, 0xDD, 0xE1, 0xFF
+_JPEG_MODES = {(8, 1): "L", (8, 3): "RGB", (8, 4): "CMYK"}  # by bits and number of components
+
+_END_MARKS = {"jpg": b"\xff\xd9", "png": b"IEND\xae\x42\x60\x82"}
+_PLAIN_MODES = ("RGB", "L")
+_ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are turned or mirrored
+
+
+class ImageError(DataError):
+    """The bytes are not one whole image of bounded size; the message says what was found."""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an image's header states. `unusual` names what a reader may trip over."""
+
+    extension: str
+    mode: str
+    width: int
+    height: int
+    unusual: tuple[str, ...]
+
+
+def inspect_image(data: bytes | memoryview) -> ImageFacts:
+    """Judge an encoded image by its header and its end: 5 us for a JPEG, 50 to 100 for others.
+
+    Damage between the two is found by decoding alone (`decode.decode_rgb`).
+
+    Raises:
+        ImageError: why the image is unusable, in a few words.
+    """
+    if (jpeg := read_jpeg_header(data)) is not None:
+        is_turned = jpeg.exif is not None and _is_turned(data[jpeg.exif])
+        return _describe("jpg", jpeg.mode, jpeg.width, jpeg.height, is_turned=is_turned)
+    with open_with_pillow(data) as image:
+        return _describe(
+            EXTENSIONS[image.format],
+            image.mode,
+            *image.size,
+            is_turned="exif" in image.info and _is_turned(image.info["exif"]),
+            is_animated=image.format != "MPO" and getattr(image, "is_animated", False),
+        )
+
+
+def _describe(
+    extension: str, mode: str, width: int, height: int, *, is_turned: bool, is_animated=False
+) -> ImageFacts:
+    unusual = () if mode in _PLAIN_MODES else (f"mode {mode}",)
+    if is_animated:
+        unusual += ("animated",)
+    if is_turned:
+        unusual += ("EXIF-rotated",)
+    return ImageFacts(extension, mode, width, height, unusual)
+
+
+class JpegHeader(NamedTuple):  # made in a third of a dataclass's time
+    """What the segments before the first scan of a JPEG say."""
+
+    height: int
+    width: int
+    mode: str  # "L", "RGB" or "CMYK", with 8 bits each
+    height_at: int  # offset of the two bytes that hold the height
+    is_one_run: bool  # sequential Huffman code, one scan, no restart markers
+    exif: slice | None  # where its EXIF is
+
+
+def read_jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
+    """The header of a JPEG, or None for what is left to Pillow: other formats, odd JPEGs.
+
+    Raises:
+        ImageError: if the JPEG is too large, or its end mark is missing.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    frame_at, has_restarts, exif, at = None, False, None, 2
+    try:
+        while True:
+            if data[at] != 0xFF:
+                return None
+            marker = data[at + 1]
+            if marker == _START_OF_SCAN:
+                break
+            if marker == _FILL:  # any number of them may precede a marker (T.81, B.1.1.2)
+                at += 1
+                continue
+            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+            if marker in _START_OF_FRAME:
+                frame_at, frame_marker = at, marker
+            elif marker == _APP1 and exif is None and data[at + 4 : at + 10] == b"Exif\0\0":
+                exif = slice(at + 4, end)
+            has_restarts |= marker == _RESTART_INTERVAL
+            at = end
+        if frame_at is None:
+            return None
+        bits, height, width, num_components = struct.unpack_from(">BHHB", data, frame_at + 4)
+        num_scanned = data[at + 4]
+    except (IndexError, struct.error):  # the bytes end in the header
+        return None
+    mode = _JPEG_MODES.get((bits, num_components))
+    if mode is None:
+        return None
+    check_num_pixels(height, width)
+    _check_end(data, at, "jpg")
+    is_one_run = (
+        frame_marker in _SEQUENTIAL_HUFFMAN and num_scanned == num_components and not has_restarts
+    )
+    return JpegHeader(height, width, mode, frame_at + 5, is_one_run, exif)
+
+
+@contextmanager
+def open_with_pillow(data: bytes | memoryview) -> Iterator[Image.Image]:
+    """An image as Pillow opens it, judged by its header and its end.
+
+    Raises:
+        ImageError: for whatever Pillow raises, here or in the body of the `with`.
+    """
+    if len(data) == 0:
+        raise ImageError("empty")
+    _silence_pillow()
+    stream = io.BytesIO(data)
+    try:
+        with Image.open(stream, formats=_FORMATS) as image:
+            check_num_pixels(image.height, image.width)
+            _check_end(data, stream.tell(), EXTENSIONS[image.format])
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image (begins with {bytes(data[:8])!r})") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"too large: more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # on damaged files Pillow's plugins raise nearly every type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"does not decode ({reason})") from error
+
+
+def check_num_pixels(height: int, width: int) -> None:
+    """Raise ImageError if an image of this size has no pixels, or more than MAX_PIXELS."""
+    if not 0 < height * width <= MAX_PIXELS:
+        if height * width == 0:
+            raise ImageError(f"no pixels: {width} x {height}")
+        raise ImageError(f"too large: {width} x {height} pixels, the limit is {MAX_PIXELS:,}")
+
+
+def _check_end(data: bytes | memoryview, start: int, extension: str) -> None:
+    """Raise ImageError if a file's end is missing. Bytes after it are common and harmless.
+
+    Args:
+        start: where the header ends; before it stands the end mark of a thumbnail.
+    """
+    if extension in _END_MARKS:
+        mark = _END_MARKS[extension]
+        is_whole = data[-len(mark) :] == mark or bytes(data[start:]).rfind(mark) >= 0
+    elif extension == "gif":
+        is_whole = _has_gif_trailer(data)
+    else:  # the header states how many bytes there are
+        stated = data[4:8] if extension == "webp" else data[2:6]
+        num_bytes = int.from_bytes(stated, "little") + (8 if extension == "webp" else 0)
+        is_whole = num_bytes <= len(data)
+    if not is_whole:
+        raise ImageError(f"cut short: the end of the {extension} file is missing")
+
+
+def _has_gif_trailer(data: bytes | memoryview) -> bool:
+    """Whether the blocks of a GIF lead to its trailer; the mark alone, one byte, says nothing."""
+    try:
+        at = 13 + _gif_table_bytes(data[10])
+        while (block := data[at]) != 0x3B:
+            at += 1
+            if block == 0x2C:  # a frame: size, color table, code size
+                at += 10 + _gif_table_bytes(data[at + 8])
+            elif block == 0x21:  # an extension: its label
+                at += 1
+            else:  # stray bytes between blocks, which Pillow passes over, too
+                continue
+            while num_bytes := data[at]:
+                at += 1 + num_bytes
+            at += 1
+    except IndexError:
+        return False
+    return True
+
+
+def _gif_table_bytes(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _is_turned(exif: bytes | memoryview) -> bool:
+    """Whether EXIF says that the image is to be turned or mirrored. Broken EXIF says nothing."""
+    tags = Image.Exif()
+    try:
+        tags.load(bytes(exif))
+        return tags.get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # struct.error and more: nobody needs the EXIF of an image to use it
+        return False
+
+
+@functools.cache
+def _silence_pillow() -> None:
+    """Ignore Pillow's warnings from now on: odd metadata, sizes that we check ourselves.
+
+    For good, because `warnings.catch_warnings` is not thread-safe, and because every change of
+    the filters makes all "once" warnings of the process appear again.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@dataclass
+class ImageSurvey:
+    """What was found in many images; surveys add up."""
+
+    formats: Counter = field(default_factory=Counter)
+    modes: Counter = field(default_factory=Counter)
+    unusual: Counter = field(default_factory=Counter)
+    short_sides: Counter = field(default_factory=Counter)
+    long_sides: Counter = field(default_factory=Counter)
+
+    def add(self, facts: ImageFacts) -> None:
+        self.formats[facts.extension] += 1
+        self.modes[facts.mode] += 1
+        self.unusual.update(facts.unusual)
+        self.short_sides[min(facts.width, facts.height)] += 1
+        self.long_sides[max(facts.width, facts.height)] += 1
+
+    def merge(self, counts: dict[str, list]) -> None:
+        """Add what `to_json` gave of another survey."""
+        for name, pairs in counts.items():
+            for value, number in pairs:
+                getattr(self, name)[value] += number
+
+    def to_json(self) -> dict[str, list]:
+        """Counts as lists of (value, number), sorted."""
+        return {name: sorted(counter.items()) for name, counter in vars(self).items()}
+
+    def describe_sizes(self) -> str:
+        """Smallest, median and largest of the sides, as text."""
+        return "; ".join(
+            f"{name} side {min(sides)} to {max(sides)}, median {_median(sides)}"
+            for name, sides in (("short", self.short_sides), ("long", self.long_sides))
+        )
+
+
+def _median(counter: Counter) -> int:
+    values = sorted(counter)
+    below = accumulate(counter[value] for value in values)
+    return next(value for value, num in zip(values, below) if 2 * num >= counter.total())
