@@ -9,9 +9,10 @@ import glob
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,7 +191,8 @@ def open_dataset(
         DataError: if there is no manifest, and a label is not a class number.
     """
     paths = list(map(os.path.normpath, expand_spec(spec)))
-    beside = dict.fromkeys(manifest_path(path) for path in paths)
+    one_of_each = {re.sub(r"\d+\.tar$", "", path): path for path in paths}
+    beside = dict.fromkeys(map(manifest_path, one_of_each.values()))
     if all(os.path.isfile(path) for path in beside):
         dataset, wholes = _from_manifests(paths, list(beside))
     else:
@@ -260,11 +262,12 @@ def _with_index(
     Args:
         wholes: by manifest path, all shards that the manifest lists; empty without manifests.
     """
-    named = {os.path.normpath(shard.path) for shard in dataset.shards}
+    normal = lru_cache(maxsize=None)(os.path.normpath)
+    named = {normal(shard.path) for shard in dataset.shards}
     parts = [(manifest_path(dataset.shards[0].path), dataset.shards, False)]
     if wholes:
         listed = {
-            path: tuple(s for s in shards if os.path.normpath(s.path) in named)
+            path: tuple(s for s in shards if normal(s.path) in named)
             for path, shards in wholes.items()
         }
         parts = [(path, some, len(some) == len(wholes[path])) for path, some in listed.items()]
@@ -278,8 +281,8 @@ def _with_index(
             jobs=jobs,
             quiet=quiet,
         )
-        found |= {os.path.normpath(shard.path): (file, *file.find(shard)) for shard in shards}
-    places = [found[os.path.normpath(shard.path)] for shard in dataset.shards]
+        found |= {normal(shard.path): (file, *file.find(shard)) for shard in shards}
+    places = [found[normal(shard.path)] for shard in dataset.shards]
     shards = tuple(
         replace(shard, num_samples=num_samples)
         for shard, (_, num_samples, _) in zip(dataset.shards, places)

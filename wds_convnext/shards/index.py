@@ -128,10 +128,13 @@ class IndexFile:
         footer, end = self._footer()
         self.has_checksums = bool(footer["checksums"])
         folder = os.path.dirname(os.path.abspath(path))
+        self._folders: dict[str, str] = {}
         self._shards: dict[str, tuple] = {}
         offset = len(MAGIC)
         for name, num_samples, num_bytes, its_stamp in footer["shards"]:
-            key = os.path.normpath(os.path.join(folder, name))
+            key = os.path.join(folder, name)
+            if "/" in name:
+                key = os.path.normpath(key)
             self._shards[key] = num_samples, num_bytes, its_stamp, offset
             offset += num_samples * RECORD.itemsize
         if offset != end:
@@ -155,13 +158,20 @@ class IndexFile:
             shard: its number of samples may be -1: not known.
         """
         num_samples, num_bytes, its_stamp, offset = self._shards.get(
-            os.path.abspath(shard.path), (None, None, None, None)
+            self._absolute(shard.path), (None, None, None, None)
         )
         if num_samples is None or shard.num_samples not in (-1, num_samples):
             return None
         if num_bytes != shard.num_bytes or its_stamp != stamp(shard):
             return None
         return num_samples, offset
+
+    def _absolute(self, path: str) -> str:
+        """A shard's absolute path; its folder is resolved once for all shards."""
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.abspath(folder)
+        return f"{self._folders[folder]}/{name}"
 
     def records(self, num_samples: int, offset: int) -> np.ndarray:
         """The records at a place that `find` gave, RECORD (num_samples,), read-only."""

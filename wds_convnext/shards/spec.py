@@ -37,9 +37,10 @@ def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        folder = os.path.dirname(path)
         shards = tuple(
             Shard(
-                os.path.join(os.path.dirname(path), entry["url"]),
+                os.path.join(folder, entry["url"]),
                 int(entry["nsamples"]),
                 entry.get("filesize"),
                 entry.get("sha256"),
