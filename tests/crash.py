@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 
-from wds_convnext.conversion import reshard
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import open_dataset
 

@@ -10,7 +10,7 @@ import torch
 from conftest import CLASS_NAMES, TINY_RUN, write_parquet
 
 from wds_convnext.cli import main
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 
 
 def call(capsys, *args) -> tuple[int, str, str]:
@@ -62,7 +62,7 @@ def finished(shards, tmp_path_factory):
 def test_bad_input_is_one_line_and_writes_nothing(capsys, shards, tmp_path, options, said):
     """What was found and what to do, on standard error; no folder is made."""
     write_parquet(tmp_path / "other", "validation", [4], classes=["emu", "fox", "gnu", "hen"])
-    reshard(str(tmp_path / "other"), str(tmp_path / "other"), quiet=True)
+    convert(str(tmp_path / "other"), out=str(tmp_path / "other"), jobs=1, quiet=True)
     (tmp_path / "config.toml").write_text("epoch = 5\n")
     places = {"shards": shards, "other": tmp_path / "other", "config": tmp_path / "config.toml"}
     options = {key: str(value).format(**places) for key, value in options.items()}
@@ -157,7 +157,7 @@ def test_eval_without_options_takes_the_newest_run(capsys, finished, tmp_path, m
 
 def test_eval_of_another_data_set_is_refused(capsys, finished, tmp_path):
     write_parquet(tmp_path / "in", "test", [6], classes=["a", "b", "c"])
-    reshard(str(tmp_path / "in"), str(tmp_path / "out"), quiet=True)
+    convert(str(tmp_path / "in"), out=str(tmp_path / "out"), jobs=1, quiet=True)
 
     code, _, err = call(
         capsys, "eval", "--checkpoint", finished, "--shards", tmp_path / "out" / "test.json"

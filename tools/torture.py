@@ -20,7 +20,6 @@ from pathlib import Path
 import click
 import torch
 
-from wds_convnext.conversion import reshard
 from wds_convnext.errors import CheckpointError
 from wds_convnext.training.checkpoint import load_checkpoint
 

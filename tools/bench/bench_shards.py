@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.conversion.parquet import open_split
 
 NUM_FILES = 4
@@ -73,7 +73,7 @@ def write_with_webdataset(paths: list[Path], out: Path) -> None:
 
 
 def convert(**options):
-    return lambda paths, out: reshard(str(paths[0].parent), str(out), quiet=True, **options)
+    return lambda paths, out: convert(str(paths[0].parent), out=str(out), quiet=True, **options)
 
 
 METHODS = {
@@ -124,7 +124,7 @@ def measure_memory(paths: list[Path], folder: str, jobs: int, shuffle: bool) -> 
     """Print the peak memory of a conversion's processes."""
     out = tempfile.mkdtemp(dir=folder)
     code = (
-        "from wds_convnext.conversion import reshard\n"
+        "from wds_convnext.conversion import convert\n"
         f"if __name__ == '__main__': reshard({str(paths[0].parent)!r}, {out!r}, "
         f"jobs={jobs}, shuffle={shuffle}, quiet=True)"
     )

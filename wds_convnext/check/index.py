@@ -17,6 +17,7 @@ from wds_convnext.check.splits import (
     find_shard_splits,
     hash_keys,
 )
+from wds_convnext.config import IndexConfig
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Progress, Workers
@@ -67,21 +68,17 @@ class IndexedShard:
     label_extension: str
 
 
-def index_shards(
-    spec: str,
-    *,
-    label_field: str = "label",
-    class_names: tuple[str, ...] | None = None,
-    jobs: int = 1,
-    quiet: bool = False,
+def index(
+    spec: str, config: IndexConfig | None = None, *, quiet: bool = False, **options
 ) -> IndexReport:
-    """Write a sidecar beside each shard and a manifest for each split that a spec names.
+    """Write a sidecar next to each shard and a manifest for each split that a spec names.
 
     The shards themselves are left as they are. Sidecars that are there must fit.
 
     Args:
-        label_field: where the class number stands in .json members; the manifest notes it.
-        class_names: by class number. Default: the numbers.
+        spec: as for training; a folder stands for all splits in it.
+        config: where labels and class names stand.
+        options: fields of `IndexConfig` by name: `label_field="class", class_names="names.txt"`.
     Raises:
         ShardError: if a shard is damaged, a key comes twice, a sample lacks its image or label,
             or a sidecar says otherwise than its shard.
@@ -89,12 +86,15 @@ def index_shards(
         UsageError: if a manifest is there already, or there are more classes than names.
     """
     started = time.monotonic()
+    config = IndexConfig.of(config, options)
+    label_field = config.label_field
+    class_names = read_class_names(config.class_names) if config.class_names else None
     splits = find_shard_splits(spec)
     for split in splits:
         if os.path.exists(split.manifest_path):
             raise UsageError(
                 f"{split.manifest_path}: is there already. Check the shards against it with "
-                "wds-convnext verify; to index them anew, move it away."
+                "wds-convnext verify; to index them again, move it away."
             )
         absent = sorted(set(split.paths) - set(split.present))
         if absent or split.is_interrupted:
@@ -103,7 +103,7 @@ def index_shards(
                 "left would make the loss look complete: copy or write the shards again."
             )
     try:
-        with Workers(jobs) as workers:
+        with Workers(config.jobs) as workers:
             indexed = [_index_split(split, label_field, workers, quiet) for split in splits]
         names = _name_classes([shard for shards in indexed for shard in shards], class_names)
         manifests = {
