@@ -204,7 +204,7 @@ def test_help_is_complete_grouped_and_instant(capsys):
     )
 
     assert code == 0
-    for heading in ("Data:", "Augmentation:", "Model:", "Optimisation:", "Machine:", "Run:"):
+    for heading in ("Data:", "Augmentation:", "Model:", "Optimization:", "Machine:", "Run:"):
         assert heading in out
     assert loaded.stdout.splitlines()[-1] == "[]"
 

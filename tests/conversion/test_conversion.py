@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows, write_split
 
-from wds_convnext.conversion import convert
+import wds_convnext.conversion
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.shards.reader import SampleReader
@@ -36,7 +36,8 @@ def source(tmp_path):
 
 
 def convert(source, out, **options):
-    return reshard(source, str(out), quiet=True, **options)
+    options = {"jobs": 1} | options
+    return wds_convnext.conversion.convert(source, out=out, quiet=True, **options)
 
 
 def samples_of(out, split="train"):
@@ -51,7 +52,7 @@ def expected_samples(num_rows, start=0):
 
 
 def start_process(source, out, stderr=subprocess.DEVNULL, **options):
-    call = f"reshard({source!r}, {str(out)!r}, **{options})"
+    call = f"convert({source!r}, out={str(out)!r}, **{options})"
     code = f"from wds_convnext.conversion import convert; {call}"
     return subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"],

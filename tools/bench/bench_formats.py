@@ -112,7 +112,7 @@ def _write_parquet(out: Path, samples: Iterator, num_images: int, schema) -> Non
 def _write_shards(formats: Path, out: Path) -> None:
     from wds_convnext.conversion import convert
 
-    convert(str(formats / "photos"), out=str(out), jobs=os.cpu_count() or 1)
+    convert(str(formats / "photos"), out=str(out))
 
 
 def _write_files(formats: Path, out: Path) -> None:
@@ -166,7 +166,7 @@ def _write_ffcv_shards(formats: Path, out: Path) -> None:
     photos = out.with_name("ffcv jpegs")
     photos.mkdir()
     _write_parquet(photos, samples, len(files), schema)
-    convert(str(photos), out=str(out), jobs=os.cpu_count() or 1)
+    convert(str(photos), out=str(out))
 
 
 FORMATS = {  # what it is made from, and how
