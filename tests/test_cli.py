@@ -220,6 +220,49 @@ def test_a_resume_takes_the_runs_own_options(capsys, finished, tmp_path):
     assert "Train Epoch: 2" in out and "Train Epoch: 1" not in out
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('workers = "0"', "workers = 0: expected an integer from 0 to 256."),
+        ("save_every = 0", "save_every = 0: expected an integer >= 1."),
+        ("lr = -0.01", "lr = -0.01: expected a number > 0."),
+        ('amp = "fp32"', "amp = fp32: expected auto, bf16, fp16 or off."),
+        ("clip_grad_norm = -1.0", "clip_grad_norm = -1.0: expected a number >= 0."),
+        ("epochs = 2.5", "epochs = 2.5: expected an integer >= 1."),
+        ('compile = "no"', "compile = no: expected true or false."),
+    ],
+)
+def test_a_resume_checks_what_the_runs_file_says(capsys, finished, tmp_path, line, said):
+    """By type and range, in one line that names the file; nothing changes."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    name = line.split()[0]
+    kept = [old for old in path.read_text().splitlines() if old.split()[0] != name]
+    path.write_text("\n".join([*kept, line, ""]))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    code, _, err = call(capsys, "train", "--resume", tmp_path / "run")
+
+    assert code == 2
+    assert err == f"UsageError: {path}: {said}\n"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_runs_file_of_a_newer_version_redirects_nothing(capsys, finished, tmp_path):
+    """`out` in it is ignored; an option that is not known here is named in a warning."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    added = f'out = "{tmp_path}/elsewhere"\noverwrite = true\nfuture = 3\n'
+    path.write_text(path.read_text() + added)
+
+    code, out, err = call(capsys, "train", "--resume", tmp_path / "run", "--epochs", 3)
+
+    assert code == 0
+    assert "Resumed at step 13." in out
+    assert f"{path}: ignored future, which this version has no option for.\n" in err
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_resume_starts_a_run_where_there_is_none(capsys, shards, tmp_path):
     """With --out, one command line serves for every start of a job."""
     arguments = train_args(shards, tmp_path / "run", **{"--max-steps": 1})

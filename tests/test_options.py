@@ -1,5 +1,6 @@
 """Options: one per field; command line over environment, over file, over recipe, over default."""
 
+import json
 import math
 import os
 import tomllib
@@ -286,9 +287,7 @@ def test_a_value_outside_is_refused_alike_everywhere(
     """By Python, TOML, a run's config.toml, the environment and the command line: one sentence."""
     value = data.draw(values_outside(spec))
     path = tmp_path_factory.getbasetemp() / "outside.toml"
-    path.write_text(
-        f"{spec.name} = {f'{chr(34)}{value}{chr(34)}' if type(value) is str else value}"
-    )
+    path.write_text(f"{spec.name} = {json.dumps(value) if isinstance(value, str) else value}")
     variable = f"WDS_CONVNEXT_{command}_{spec.name}".upper()
     positional = [] if command in ("train", "eval") else ["source"]
     expected = f"expected {expectation(spec)}."
