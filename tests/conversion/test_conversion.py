@@ -171,7 +171,7 @@ def test_sizes_are_as_asked(source, tmp_path, option, value, sizes, shuffle):
     ("options", "message"),
     [
         ({"num_shards": 2, "shard_size": 3}, "--num-shards and --shard-size exclude each other"),
-        ({"num_shards": 0}, "--num-shards 0: expected at least 1"),
+        ({"num_shards": 0}, "--num-shards 0: expected an integer >= 1."),
         ({"num_shards": 41}, "41 shards for 40 rows of train"),
     ],
 )
