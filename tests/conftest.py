@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,10 @@ from PIL import Image
 # The same cases every time, and no deadline: machines that run tests are shared and slow.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("fixed")
+
+# A process that takes longer hangs: on a loaded machine the slowest of the tests' takes a minute.
+# Less than the 600 s that a collective waits for a rank, so that such a wait counts as a hang.
+HANG_S = 500
 
 CLASS_NAMES = ["ant", "bee", "cat", "dog"]
 TINY_RUN = {
@@ -138,8 +144,18 @@ def run(command: list[str], *, cwd=None, check=True, **env) -> subprocess.Comple
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=HANG_S,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
+
+
+def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait for a state that a process brings about, for as long as the process lives."""
+    while True:
+        has_ended = process.poll() is not None  # asked first: what it did last counts
+        if is_reached():
+            return
+        assert not has_ended, process.communicate()[0]
+        time.sleep(0.01)

@@ -176,6 +176,7 @@ def test_a_bad_option_is_refused(capsys, manifest):
     assert err == "UsageError: --seconds 0: expected a number > 0 and <= 3600.\n" and out == ""
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])
 def test_what_is_timed_is_the_transform_itself(color_jitter):
     """The same image to the last bit, in its three parts."""

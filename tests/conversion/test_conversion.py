@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows, write_split
 
 import wds_convnext.conversion
@@ -217,9 +218,15 @@ def test_killed_at_random_moments_with_several_jobs_it_finishes_with_equal_bytes
     straight = read_folder(tmp_path / "straight")
     num_unfinished = 0
 
-    for wait_s in random.Random(0).choices([0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2], k=10):
+    def num_done():
+        """Steps of the conversion that are finished: files read, shards written."""
+        return len(list(out.glob("train.partial/*.done")))
+
+    for num_more in random.Random(0).choices(range(10), k=10):
+        enough = num_done() + num_more
         process = start_process(source, out, num_shards=40, jobs=3)
-        time.sleep(wait_s)
+        while process.poll() is None and (num_done() < enough or not out.exists()):
+            time.sleep(0.01)
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
         if (out / "train.json").exists():
@@ -494,8 +501,7 @@ def test_a_killed_worker_is_one_line_and_the_conversion_can_be_finished(tmp_path
     write_split(tmp_path / "in", "train", table, num_files=4, row_group_size=100)
     source, out = str(tmp_path / "in"), tmp_path / "out"
     process = start_process(source, out, num_shards=40, jobs=2, stderr=subprocess.PIPE)
-    while not list(out.glob("train.partial/*.done")):
-        time.sleep(0.01)
+    wait_until(lambda: any(out.glob("train.partial/*.done")), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [
         pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import HANG_S
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,4 +267,4 @@ def test_order_imports_only_numpy_and_opens_no_file():
         "TrainOrder(np.full(1000, 1400), 0, 256, 10_000).global_batch(10**6)\n"
         "assert 'torch' not in sys.modules and not opened, opened\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)
