@@ -1,4 +1,4 @@
-"""What a user sees: one line for what they can mend, exit code 2, and nothing written."""
+"""What a user sees: one line for what they can fix, exit code 2, and nothing written."""
 
 import json
 import shutil

@@ -237,6 +237,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
         ("workers = [2]", "workers = [2]: expected an integer"),
         ("quiet = 3", "quiet = 3: expected true or false"),
         ('compile = "no"', "compile = no: expected true or false"),
+        ("lr" + ".a" * 5000 + " = 1", "lr = (dict): expected a number >= 0"),
         ("shards = 2026-11-25", 'shards = "2026-11-25": expected text'),
     ],
 )

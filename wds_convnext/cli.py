@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import click
@@ -27,6 +26,7 @@ from wds_convnext.options import (
     read_run_toml,
     recipe_path,
     toml_layer,
+    warn,
 )
 
 
@@ -90,7 +90,7 @@ def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     path = folder / "config.toml"
     if not path.is_file():
         return {}
-    content = read_run_toml(path, TrainConfig, warn=partial(click.echo, err=True))
+    content = read_run_toml(path, TrainConfig, warn=warn)
     unset = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.DEFAULT}
     unset -= {"max_steps", "profile"}  # these are about one start of the run
     return {name: value for name, value in content.items() if name in unset}

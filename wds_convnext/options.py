@@ -112,6 +112,12 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
+def warn(text: str) -> None:
+    """A line on stderr; of a run's many processes, from the first."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text, err=True)
+
+
 def _variable(ctx: click.Context, parameter: click.Parameter) -> str:
     return f"{ctx.auto_envvar_prefix}_{parameter.name}".upper()
 
@@ -140,8 +146,8 @@ def check_environment(ctx: click.Context) -> None:
         for parameter in ctx.command.get_params(ctx)
         if ctx.get_parameter_source(parameter.name) is ParameterSource.ENVIRONMENT
     ]
-    if used and os.environ.get("RANK", "0") == "0":
-        click.echo(f"From the environment: {' '.join(used)}", err=True)
+    if used:
+        warn(f"From the environment: {' '.join(used)}")
 
 
 def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:

@@ -79,6 +79,8 @@ def index(
         spec: as for training; a folder stands for all splits in it.
         config: where labels and class names stand.
         options: fields of `IndexConfig` by name: `label_field="class", class_names="names.txt"`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         ShardError: if a shard is damaged, a key comes twice, a sample lacks its image or label,
             or a sidecar says otherwise than its shard.

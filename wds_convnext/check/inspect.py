@@ -133,6 +133,8 @@ def inspect(
             folder of them, a glob, a file.
         config: what to show besides, and of which training the label mix is.
         options: fields of `InspectConfig` by name: `sheet="sheet.png", batch_size=64`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         ShardError: if the spec names nothing, or a shard is missing or damaged.
         DataError: if a label is no class number.

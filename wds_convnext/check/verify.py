@@ -91,6 +91,8 @@ def verify(
         spec: as for training; a folder stands for all splits in it.
         config: what to compare.
         options: fields of `VerifyConfig` by name: `deep=True, against="pictures"`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         ShardError: if the spec names nothing.
         UsageError: if `against` names no input of these splits.

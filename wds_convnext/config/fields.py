@@ -131,7 +131,10 @@ def check_value(spec: Field, value: Any, where: str) -> Any:
 
 def refusal(spec: Field, value: Any, where: str) -> str:
     """The sentence that refuses a value: where, what was found, what is expected."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # nested thousands deep, in itself, or huge
+        text = f"({type(value).__name__})"
     text = text if len(text) <= 60 else text[:57] + "..."
     if isinstance(value, str) and (not text.strip() or not text.isprintable()):
         text = repr(text)

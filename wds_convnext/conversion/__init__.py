@@ -38,6 +38,8 @@ def convert(
         source: a folder of parquet files, a glob, or a comma list (see `parquet.find_splits`).
         config: what to write where, and how.
         options: fields of `ShardsConfig` by name: `out="data", num_shards=4`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         UsageError: if the options do not fit each other, the input or what OUT holds.
         DataError: if the input is damaged, or has unusable rows and `on_bad` is "error".
