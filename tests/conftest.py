@@ -125,10 +125,10 @@ def parquet(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(parquet, tmp_path_factory) -> Path:
     """The same as tar shards in stored order, so sorted by class. Do not write to it."""
-    from wds_convnext.conversion import reshard
+    from wds_convnext.conversion import convert
 
     out = tmp_path_factory.mktemp("shards") / "data"
-    reshard(str(parquet), str(out), shuffle=False, quiet=True)
+    convert(str(parquet), out=str(out), shuffle=False, jobs=1, quiet=True)
     return out
 
 

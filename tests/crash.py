@@ -1,4 +1,4 @@
-"""A conversion that dies at every moment in turn; for the tests of `reshard`.
+"""A conversion that dies at every moment in turn; for the tests of `convert`.
 
 `python crash.py SOURCE OUT [again | fresh | replace OLD]`: a process dies before its first change
 to the disk, the next one before its second, and so on; the last one finishes. Each goes on where
@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import open_dataset
 
@@ -46,8 +46,8 @@ def found(out: str) -> str:
 
 
 def main(source: str, out: str, how: str, old: str | None = None) -> None:
-    def convert() -> None:
-        reshard(source, out, num_shards=3, overwrite=how == "replace", quiet=True)
+    def convert_all() -> None:
+        convert(source, out=out, num_shards=3, overwrite=how == "replace", jobs=1, quiet=True)
 
     status, change = 9, 0
     while status == 9:
@@ -58,12 +58,12 @@ def main(source: str, out: str, how: str, old: str | None = None) -> None:
         child = os.fork()
         if child == 0:
             die_before(RESUMED_AT + change % 7 if how == "again" else change)
-            convert()
+            convert_all()
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(status, found(out), flush=True)
         if how != "again" and status == 9:
-            convert()
+            convert_all()
             print("after", found(out), flush=True)
         change += 1
 

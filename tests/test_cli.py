@@ -1,4 +1,4 @@
-"""What a user sees: one line for what they can mend, exit code 2, and nothing written."""
+"""What a user sees: one line for what they can fix, exit code 2, and nothing written."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from conftest import CLASS_NAMES, HANG_S, TINY_RUN, write_parquet
 
 from wds_convnext.cli import main
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 
 
 def call(capsys, *args) -> tuple[int, str, str]:
@@ -62,7 +62,7 @@ def finished(shards, tmp_path_factory):
 def test_bad_input_is_one_line_and_writes_nothing(capsys, shards, tmp_path, options, said):
     """What was found and what to do, on standard error; no folder is made."""
     write_parquet(tmp_path / "other", "validation", [4], classes=["emu", "fox", "gnu", "hen"])
-    reshard(str(tmp_path / "other"), str(tmp_path / "other"), quiet=True)
+    convert(str(tmp_path / "other"), out=str(tmp_path / "other"), jobs=1, quiet=True)
     (tmp_path / "config.toml").write_text("epoch = 5\n")
     places = {"shards": shards, "other": tmp_path / "other", "config": tmp_path / "config.toml"}
     options = {key: str(value).format(**places) for key, value in options.items()}
@@ -157,7 +157,7 @@ def test_eval_without_options_takes_the_newest_run(capsys, finished, tmp_path, m
 
 def test_eval_of_another_data_set_is_refused(capsys, finished, tmp_path):
     write_parquet(tmp_path / "in", "test", [6], classes=["a", "b", "c"])
-    reshard(str(tmp_path / "in"), str(tmp_path / "out"), quiet=True)
+    convert(str(tmp_path / "in"), out=str(tmp_path / "out"), jobs=1, quiet=True)
 
     code, _, err = call(
         capsys, "eval", "--checkpoint", finished, "--shards", tmp_path / "out" / "test.json"
@@ -204,7 +204,7 @@ def test_help_is_complete_grouped_and_instant(capsys):
     )
 
     assert code == 0
-    for heading in ("Data:", "Augmentation:", "Model:", "Optimisation:", "Machine:", "Run:"):
+    for heading in ("Data:", "Augmentation:", "Model:", "Optimization:", "Machine:", "Run:"):
         assert heading in out
     assert loaded.stdout.splitlines()[-1] == "[]"
 
@@ -218,6 +218,49 @@ def test_a_resume_takes_the_runs_own_options(capsys, finished, tmp_path):
     assert code == 0
     assert "test_convnext" in out and "3 epochs" in out and "Resumed at step 13." in out
     assert "Train Epoch: 2" in out and "Train Epoch: 1" not in out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('workers = "0"', "workers = 0: expected an integer from 0 to 256."),
+        ("save_every = 0", "save_every = 0: expected an integer >= 1."),
+        ("lr = -0.01", "lr = -0.01: expected a number > 0."),
+        ('amp = "fp32"', "amp = fp32: expected auto, bf16, fp16 or off."),
+        ("clip_grad_norm = -1.0", "clip_grad_norm = -1.0: expected a number >= 0."),
+        ("epochs = 2.5", "epochs = 2.5: expected an integer >= 1."),
+        ('compile = "no"', "compile = no: expected true or false."),
+    ],
+)
+def test_a_resume_checks_what_the_runs_file_says(capsys, finished, tmp_path, line, said):
+    """By type and range, in one line that names the file; nothing changes."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    name = line.split()[0]
+    kept = [old for old in path.read_text().splitlines() if old.split()[0] != name]
+    path.write_text("\n".join([*kept, line, ""]))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    code, _, err = call(capsys, "train", "--resume", tmp_path / "run")
+
+    assert code == 2
+    assert err == f"UsageError: {path}: {said}\n"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_runs_file_of_a_newer_version_redirects_nothing(capsys, finished, tmp_path):
+    """`out` in it is ignored; an option that is not known here is named in a warning."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.toml"
+    added = f'out = "{tmp_path}/elsewhere"\noverwrite = true\nfuture = 3\n'
+    path.write_text(path.read_text() + added)
+
+    code, out, err = call(capsys, "train", "--resume", tmp_path / "run", "--epochs", 3)
+
+    assert code == 0
+    assert "Resumed at step 13." in out
+    assert f"{path}: ignored future, which this version has no option for.\n" in err
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_resume_starts_a_run_where_there_is_none(capsys, shards, tmp_path):

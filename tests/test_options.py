@@ -1,34 +1,63 @@
 """Options: one per field; command line over environment, over file, over recipe, over default."""
 
+import json
+import math
+import os
 import tomllib
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import get_args
+from unittest.mock import patch
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wds_convnext
 from wds_convnext.cli import commands
-from wds_convnext.config import BenchConfig, ByteSize, EvalConfig, ShardsConfig, TrainConfig, option
+from wds_convnext.config import (
+    BenchConfig,
+    ByteSize,
+    Config,
+    EvalConfig,
+    IndexConfig,
+    InspectConfig,
+    ShardsConfig,
+    TrainConfig,
+    VerifyConfig,
+    option,
+)
+from wds_convnext.config.fields import expectation, flag_of, python_type, value_type
 from wds_convnext.errors import UsageError
 from wds_convnext.options import (
+    PER_CALL,
     GroupedCommand,
     add_options,
     format_toml,
+    read_run_toml,
     read_toml,
     recipe_path,
     toml_layer,
 )
 
 RECIPES = sorted((Path(wds_convnext.__file__).parent / "recipes").glob("*.toml"))
-CONFIGS = [TrainConfig, EvalConfig, ShardsConfig, BenchConfig]
+CONFIGS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "shards": ShardsConfig,
+    "verify": VerifyConfig,
+    "inspect": InspectConfig,
+    "index": IndexConfig,
+    "bench": BenchConfig,
+}
 
 
 @dataclass(frozen=True)
-class TinyConfig:
+class TinyConfig(Config):
     """One option of each kind."""
 
     shards: str | None = option(None, "What to read.", group="Data")
@@ -63,7 +92,7 @@ def parse(folder: Path, args: list[str], **env) -> TinyConfig:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return eval(result.output)
+    return eval(result.stdout)
 
 
 SOURCES = {
@@ -78,10 +107,8 @@ SOURCES = {
 @pytest.mark.parametrize("name", ["--lr", "--min-crop", "--ema-decay", "--mixup", "--hflip"])
 def test_numbers_are_finite(name, value):
     """A nan lies in every range of click's, and a run with it would train on nothing."""
-    result = CliRunner().invoke(commands, ["train", "--shards", "s", name, value])
-
-    assert result.exit_code == 2
-    assert "is not in the range" in result.output or "no finite number" in result.output
+    with pytest.raises(UsageError, match=f"^{name} {value}: expected a number [^.]*[0-9]"):
+        commands(["train", "--shards", "s", name, value], standalone_mode=False)
 
 
 @pytest.mark.parametrize("strongest", range(5))
@@ -174,6 +201,7 @@ Other:
         (b"lr = 1\n[train]\nworkers = 1", "no option is called 'train'. See --help."),
         (b"lr = ", "not TOML: Invalid value (at end of document)."),
         (b"lr = 1\nlr = 2", "not TOML: Cannot overwrite a value"),
+        (b"lr = " + b"[" * 9999, "nested too deeply. Options are lines of key = value."),
         (b'shards = "\xe4"', "not TOML: 'utf-8' codec can't decode byte 0xe4 in position 10"),
     ],
 )
@@ -197,27 +225,188 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "expected"),
     [
-        'lr = "fast"',
-        "lr = -1",
-        "lr = true",
-        'image_size = "large"',
-        "image_size = 1.5",
-        "workers = [2]",
-        "quiet = 3",
+        ('lr = "fast"', "lr = fast: expected a number >= 0"),
+        ("lr = -1", "lr = -1: expected a number >= 0"),
+        ("lr = true", "lr = true: expected a number >= 0"),
+        ('image_size = "large"', "image_size = large: expected an integer"),
+        ('image_size = "3"', "image_size = 3: expected an integer"),
+        ("image_size = 1.5", "image_size = 1.5: expected an integer"),
+        ("image_size = 32.0", "image_size = 32.0: expected an integer"),
+        ("workers = [2]", "workers = [2]: expected an integer"),
+        ("quiet = 3", "quiet = 3: expected true or false"),
+        ('compile = "no"', "compile = no: expected true or false"),
+        ("lr" + ".a" * 5000 + " = 1", "lr = (dict): expected a number >= 0"),
+        ("shards = 2026-11-25", 'shards = "2026-11-25": expected text'),
     ],
 )
-def test_values_in_files_are_checked_as_on_the_command_line(tmp_path, line):
-    """Types and ranges; the message names the option."""
-    (tmp_path / "mine.toml").write_text(line)
+def test_values_in_files_are_checked_by_type_and_range(tmp_path, line, expected):
+    """One line that names the file, the option, the value, and what is expected."""
+    path = tmp_path / "mine.toml"
+    path.write_text(line)
 
-    result = CliRunner().invoke(
-        tiny_command(tmp_path), ["--shards", "s", "--config", f"{tmp_path}/mine.toml"]
+    for read in (read_toml, partial(read_run_toml, warn=pytest.fail)):
+        with pytest.raises(UsageError) as error:
+            read(path, TinyConfig)
+        assert str(error.value) == f"{path}: {expected}."
+
+
+def values_outside(spec) -> st.SearchStrategy:
+    """Values that a field does not take, as Python and TOML have them."""
+    kind = value_type(spec)
+    if isinstance(kind, click.IntRange):
+        below = st.integers(-(2**70), kind.min - 1)
+        return below if kind.max is None else below | st.integers(kind.max + 1, 2**70)
+    if isinstance(kind, click.FloatRange):
+        outside = st.floats(max_value=kind.min, exclude_max=not kind.min_open)
+        if kind.max is not None:
+            outside |= st.floats(min_value=kind.max, exclude_min=not kind.max_open)
+        return outside | st.sampled_from([math.nan, math.inf, -math.inf])
+    if isinstance(kind, click.Choice):
+        return letters.filter(lambda text: text not in kind.choices)
+    if isinstance(kind, ByteSize):
+        return letters | st.integers(-(2**70), 0)
+    return letters  # of a switch
+
+
+letters = st.text("abcdefxyz-", min_size=1).map(lambda text: f"w{text}")
+BOUNDED = [
+    pytest.param(command, config_class, spec, id=f"{command}-{spec.name}")
+    for command, config_class in CONFIGS.items()
+    for spec in fields(config_class)
+    if type(value_type(spec)) is not type(click.STRING)
+]
+
+
+@pytest.mark.parametrize(("command", "config_class", "spec"), BOUNDED)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_a_value_outside_is_refused_alike_everywhere(
+    tmp_path_factory, command, config_class, spec, data
+):
+    """By Python, TOML, a run's config.toml, the environment and the command line: one sentence."""
+    value = data.draw(values_outside(spec))
+    path = tmp_path_factory.getbasetemp() / "outside.toml"
+    path.write_text(f"{spec.name} = {json.dumps(value) if isinstance(value, str) else value}")
+    variable = f"WDS_CONVNEXT_{command}_{spec.name}".upper()
+    positional = [] if command in ("train", "eval") else ["source"]
+    expected = f"expected {expectation(spec)}."
+    attempts = {
+        "Python": lambda: config_class(**{spec.name: value}),
+        "options": lambda: config_class.of(None, {spec.name: value}),
+        "--config": lambda: read_toml(path, config_class),
+        "config.toml": lambda: read_run_toml(path, config_class, warn=pytest.fail),
+        "environment": lambda: commands([command, *positional], standalone_mode=False),
+        "command line": lambda: commands(
+            [command, *positional, f"{flag_of(spec.name)}={value}"], standalone_mode=False
+        ),
+    }
+    if spec.name in PER_CALL:
+        del attempts["--config"], attempts["config.toml"]
+    if python_type(spec) is bool:
+        del attempts["command line"]  # a switch takes no value
+
+    for name, attempt in attempts.items():
+        env = {variable: str(value)} if name == "environment" else {}
+        with pytest.raises(UsageError) as error, patch.dict(os.environ, env):
+            attempt()
+        assert str(error.value).endswith(expected), name
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS.values())
+def test_every_field_refuses_a_value_of_another_type(config_class):
+    """An object, a list; text for a number; None where there is no None."""
+    for spec in fields(config_class):
+        wrong = [object(), ["a"]]
+        wrong += [None] if type(None) not in get_args(spec.type) else []
+        wrong += ["7"] if isinstance(value_type(spec), click.IntRange | click.FloatRange) else []
+        for value in wrong:
+            with pytest.raises(UsageError, match=f"^{flag_of(spec.name)} .*: expected"):
+                config_class(**{spec.name: value})
+
+
+def test_values_become_those_of_their_field():
+    """numpy's numbers, whole numbers for fractions, paths, sizes as text."""
+    config = TrainConfig(epochs=np.int64(3), lr=1, mixup=np.float32(0.5), out=Path("run"))
+
+    assert [type(value) for value in (config.epochs, config.lr, config.mixup, config.out)] == [
+        int,
+        float,
+        float,
+        str,
+    ]
+    assert ShardsConfig(shard_size="1.5GB").shard_size == 1_500_000_000
+
+
+def test_a_function_takes_a_config_its_options_or_both():
+    """Options are laid over the config; a name that is no option is refused with the nearest."""
+    assert ShardsConfig.of(None, {}) == ShardsConfig()
+    assert ShardsConfig.of(None, {"seed": 3}) == ShardsConfig(seed=3)
+    assert ShardsConfig.of(ShardsConfig(seed=3), {"out": "x"}) == ShardsConfig(seed=3, out="x")
+    with pytest.raises(UsageError, match="^num_shard: there is no such option. Did you mean num_s"):
+        ShardsConfig.of(None, {"num_shard": 3})
+    with pytest.raises(UsageError, match="--num-shards and --shard-size exclude each other"):
+        ShardsConfig.of(ShardsConfig(num_shards=3), {"shard_size": "1GB"})
+
+
+@pytest.mark.parametrize("name", PER_CALL)
+def test_no_file_says_where_a_run_is_written_or_what_it_replaces(tmp_path, name):
+    """Refused in a file that a user gives; a run's own config.toml is not listened to."""
+    path = tmp_path / "config.toml"
+    path.write_text(f'epochs = 3\n{name} = "elsewhere"\n')
+
+    with pytest.raises(UsageError) as error:
+        read_toml(path, TrainConfig)
+    found = read_run_toml(path, TrainConfig, warn=pytest.fail)
+
+    assert str(error.value) == f"{path}: {name} is of one call. Give --{name} with the command."
+    assert found == {"epochs": 3}
+
+
+def test_a_runs_file_of_another_version_is_read_with_a_warning(tmp_path):
+    """What this version does not know is named, and left out."""
+    path = tmp_path / "config.toml"
+    path.write_text('epochs = 3\nfuture = "x"\n[table]\npast = 1\n')
+    warnings = []
+
+    assert read_run_toml(path, TrainConfig, warn=warnings.append) == {"epochs": 3}
+    assert warnings == [f"{path}: ignored future, table, which this version has no option for."]
+
+
+def test_a_misspelt_variable_is_refused(monkeypatch):
+    """By every command, with the nearest; before the command does anything."""
+    monkeypatch.setenv("WDS_CONVNEXT_TRAIN_BATCHSIZE", "3")
+
+    for command in ("train", "inspect"):
+        with pytest.raises(UsageError) as error:
+            commands([command, *["s"] * (command == "inspect")], standalone_mode=False)
+        assert str(error.value).startswith(
+            "WDS_CONVNEXT_TRAIN_BATCHSIZE: no option has this variable. "
+            "Did you mean WDS_CONVNEXT_TRAIN_BATCH_SIZE"
+        )
+
+
+def test_variables_that_take_effect_are_named(tmp_path):
+    """Those of this command that nothing stronger replaces, on stderr."""
+    env = {"TINY_LR": "2", "TINY_IMAGE_SIZE": "64"}
+
+    result = CliRunner().invoke(tiny_command(tmp_path), ["--lr", "1"], env=env)
+
+    assert result.stderr == "From the environment: TINY_IMAGE_SIZE=64\n"
+    assert eval(result.stdout) == TinyConfig(lr=1.0, image_size=64)
+
+
+def test_the_help_shows_a_default_of_zero_and_no_range_as_a_type():
+    """And -h is --help."""
+    result = CliRunner().invoke(commands, ["eval", "-h"])
+
+    text = " ".join(result.output.split())
+    assert (
+        "--max-bad-samples FLOAT Share of samples that may fail to decode. [default: 0.0;" in text
     )
-
-    assert result.exit_code == 2
-    assert f"Invalid value for '--{line.split()[0].replace('_', '-')}'" in result.output
+    assert "RANGE" not in text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -272,16 +461,15 @@ def test_the_help_names_every_recipe():
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(
     shards=texts,
     val_shards=st.none() | texts,
-    lr=finite,
-    mixup=finite,
-    epochs=st.integers(),
-    workers=st.none() | st.integers(),
+    lr=st.floats(0, exclude_min=True, allow_infinity=False),
+    mixup=st.floats(0, allow_infinity=False),
+    epochs=st.integers(1),
+    workers=st.none() | st.integers(0, 256),
     compile=st.none() | st.booleans(),
 )
 def test_a_config_reads_back_as_written(tmp_path_factory, **values):
@@ -301,7 +489,7 @@ def test_what_belongs_to_one_call_is_not_written():
     assert tomllib.loads(text).keys().isdisjoint({"resume", "overwrite"})
 
 
-@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("config_class", CONFIGS.values())
 def test_every_option_says_what_it_is_for(config_class):
     """A sentence of help, under a heading; options have defaults that their own check accepts."""
     for spec in fields(config_class):
@@ -327,8 +515,8 @@ def test_a_size_is_written_as_people_write_it(text, num_bytes):
     assert ByteSize().convert(text, None, None) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "big", "1.2.3GB", "MB", "-5MB", "5XB"])
+@pytest.mark.parametrize("text", ["", "big", "1.2.3GB", "MB", "-5MB", "5XB", "0MB", "9" * 400])
 def test_what_is_no_size_is_refused(text):
     """With an example."""
-    with pytest.raises(click.BadParameter, match="Write 500MB or 1.5GB"):
+    with pytest.raises(click.BadParameter, match="is not a size; write e.g. 500MB"):
         ByteSize().convert(text, None, None)

@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 import torch
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.errors import CheckpointError
 from wds_convnext.training.checkpoint import load_checkpoint
 
@@ -77,7 +77,7 @@ def main(parquet: str, kills: int, longest: float, seed: int) -> None:
     rng, started, counts = random.Random(seed), time.monotonic(), Counter()
     with tempfile.TemporaryDirectory() as scratch:
         shards, out = Path(scratch) / "data", Path(scratch) / "run"
-        reshard(parquet, str(shards), quiet=True)
+        convert(parquet, out=shards, jobs=1, quiet=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         straight = Path(scratch) / "straight"
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}

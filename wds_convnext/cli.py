@@ -23,13 +23,20 @@ from wds_convnext.options import (
     GroupedCommand,
     GroupedOption,
     add_options,
-    read_toml,
+    read_run_toml,
     recipe_path,
     toml_layer,
+    warn,
 )
 
 
-@click.group(context_settings={"auto_envvar_prefix": "WDS_CONVNEXT", "max_content_width": 100})
+@click.group(
+    context_settings={
+        "auto_envvar_prefix": "WDS_CONVNEXT",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+    }
+)
 @click.version_option(__version__, package_name="wds-convnext")
 def commands() -> None:
     """Train image classifiers from WebDataset tar shards."""
@@ -63,8 +70,8 @@ def train(ctx: click.Context, **options) -> None:
     With no option but --shards it is the article's run: convnext_base, 300 epochs.
 
     Exit codes: 0 finished; 75 stopped by SIGINT, SIGTERM or SIGUSR1 with last.pt saved, to be
-    continued with --resume; 2 something to mend, in one line; 130 stopped at once by a second
-    Ctrl-C.
+    continued with --resume; 2 usage or data error, explained in one line; 130 stopped at once by a
+    second Ctrl-C.
     """
     if options["resume"]:
         options |= _options_of_the_run(ctx, options)
@@ -81,7 +88,9 @@ def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
 
     folder, _ = resumed_from(options["resume"], options["out"])
     path = folder / "config.toml"
-    content = read_toml(path, TrainConfig) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_run_toml(path, TrainConfig, warn=warn)
     unset = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.DEFAULT}
     unset -= {"max_steps", "profile"}  # these are about one start of the run
     return {name: value for name, value in content.items() if name in unset}
@@ -128,11 +137,9 @@ def shards(src: str, **options) -> None:
     SRC is a folder of files named {split}-00000-of-00013.parquet (every split in it is converted),
     a glob, or a comma list of files. Running the same command again finishes what was interrupted.
     """
-    from wds_convnext.conversion import reshard
+    from wds_convnext.conversion import convert
 
-    options["jobs"] = options["jobs"] or os.cpu_count() or 1
-    report = reshard(src, **options)
-    click.echo(report)
+    click.echo(convert(src, ShardsConfig(**options)))
 
 
 @commands.command(cls=GroupedCommand)
@@ -143,14 +150,14 @@ def verify(shards: str, **options) -> None:
 
     SHARDS is as for training; a folder stands for all splits in it.
 
-    Exit codes: 0 everything fits; 1 problems were found, one per line; 2 something to mend.
+    Exit codes: 0 everything fits; 1 problems were found, one per line; 2 usage or data
+    error, explained in one line.
     """
     from wds_convnext.check.verify import verify as verify_shards
 
-    as_json = options.pop("json")
-    options["jobs"] = options["jobs"] or os.cpu_count() or 1
-    report = verify_shards(shards, **options)
-    click.echo(json.dumps(report.to_json()) if as_json else report)
+    config = VerifyConfig(**options)
+    report = verify_shards(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else report)
     sys.exit(1 if report.problems else 0)
 
 
@@ -165,10 +172,9 @@ def inspect(shards: str, **options) -> None:
     """
     from wds_convnext.check.inspect import inspect as inspect_shards
 
-    as_json = options.pop("json")
-    options["jobs"] = options["jobs"] or os.cpu_count() or 1
-    summaries = inspect_shards(shards, **options)
-    if as_json:
+    config = InspectConfig(**options)
+    summaries = inspect_shards(shards, config)
+    if config.json:
         click.echo(json.dumps({"splits": [summary.to_json() for summary in summaries]}))
     else:
         click.echo("\n".join(line for summary in summaries for line in summary.lines()))
@@ -185,9 +191,9 @@ def bench(shards: str, **options) -> None:
     """
     from wds_convnext.check.bench import bench as bench_loader
 
-    as_json = options.pop("json")
-    report = bench_loader(shards, **options)
-    click.echo(json.dumps(report.to_json()) if as_json else "\n".join(report.lines()))
+    config = BenchConfig(**options)
+    report = bench_loader(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else "\n".join(report.lines()))
 
 
 @commands.command(cls=GroupedCommand)
@@ -199,19 +205,16 @@ def index(shards: str, **options) -> None:
     Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
     they are; damaged ones, and keys that come twice, are refused by name.
     """
-    from wds_convnext.check.index import index_shards, read_class_names
+    from wds_convnext.check.index import index as index_shards
 
-    as_json = options.pop("json")
-    options["jobs"] = options["jobs"] or os.cpu_count() or 1
-    if options["class_names"] is not None:
-        options["class_names"] = read_class_names(options["class_names"])
-    report = index_shards(shards, **options)
-    click.echo(json.dumps(report.to_json()) if as_json else report)
+    config = IndexConfig(**options)
+    report = index_shards(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else report)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; what a user can mend is one line and exit code 2."""
-    # On a CPU the trainer shares the cores with its loader. With two busy processes beside it,
+    """Run the command line; a usage or data error is one line and exit code 2."""
+    # On a CPU the trainer shares the cores with its loader. With two busy processes next to it,
     # 2 cores, a step took 2.5 s with libgomp's default spinning, 0.35 s with this, 0.1 s alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:

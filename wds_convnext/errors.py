@@ -1,4 +1,4 @@
-"""What a user can mend, as one line: what was found, what was expected, where, what to do.
+"""What a user can fix, as one line: what was found, what was expected, where, what to do.
 
 The command line prints these without a traceback and exits with code 2.
 Anything else that is raised is a bug and leaves as a traceback.

@@ -5,20 +5,31 @@ Precedence is click's own: command line, then environment (`WDS_CONVNEXT_TRAIN_L
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import Field, asdict, fields
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from wds_convnext.config.fields import (
+    FiniteRange,
+    check_value,
+    flag_of,
+    python_type,
+    refusal,
+    value_type,
+)
 from wds_convnext.errors import UsageError, did_you_mean
 
 # TOML layers, weakest first.
 LAYERS = ("recipe", "config")
+# Where a run is written and whether it replaces another: no file may say so.
+PER_CALL = ("out", "resume", "overwrite")
 
 
 def add_options(config_class: type) -> Callable:
@@ -33,24 +44,24 @@ def add_options(config_class: type) -> Callable:
 
 
 def _click_option(spec: Field) -> Callable:
-    name = spec.name.replace("_", "-")
-    types = [t for t in get_args(spec.type) if t is not type(None)]
-    value_type = types[0] if get_origin(spec.type) is UnionType else spec.type
     settings = {
         "help": spec.metadata["help"],
         "default": spec.default,
-        "show_default": spec.default not in (None, False),
-        "cls": GroupedOption,
+        "show_default": spec.default is not None and spec.default is not False,
+        "cls": ConfigOption,
         "group": spec.metadata["group"],
+        "spec": spec,
     }
-    if value_type is bool:
-        both = f"--{name}" if spec.default is False else f"--{name}/--no-{name}"
+    flag = flag_of(spec.name)
+    if python_type(spec) is bool:
+        both = flag if spec.default is False else f"{flag}/{flag.replace('--', '--no-', 1)}"
         return click.option(both, spec.name, is_flag=True, **settings)
     if spec.metadata["flag_value"] is not None:
         settings |= {"is_flag": False, "flag_value": spec.metadata["flag_value"]}
-    return click.option(
-        f"--{name}", spec.name, type=spec.metadata["type"] or value_type, **settings
-    )
+    kind = value_type(spec)
+    # INTEGER, not INTEGER RANGE: the range itself stands after the help text.
+    metavar = {click.IntRange: "INTEGER", FiniteRange: "FLOAT"}.get(type(kind))
+    return click.option(flag, spec.name, type=kind, metavar=metavar, **settings)
 
 
 class GroupedOption(click.Option):
@@ -61,8 +72,33 @@ class GroupedOption(click.Option):
         self.group = group
 
 
+class ConfigOption(GroupedOption):
+    """An option for a config's field, which refuses a value in the config's own words."""
+
+    def __init__(self, *args, spec: Field, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.spec = spec
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().type_cast_value(ctx, value)
+        except click.BadParameter:
+            where = flag_of(self.name)
+            if ctx.get_parameter_source(self.name) is ParameterSource.ENVIRONMENT:
+                where = f"{_variable(ctx, self)} ="
+            raise UsageError(refusal(self.spec, value, where)) from None
+
+
 class GroupedCommand(click.Command):
-    """A command whose help lists its options under their headings."""
+    """A command whose help lists its options under their headings.
+
+    Environment variables with its prefix are named where they take effect, and refused where they
+    mean nothing.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        check_environment(ctx)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -76,6 +112,44 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
 
+def warn(text: str) -> None:
+    """A line on stderr; of a run's many processes, from the first."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text, err=True)
+
+
+def _variable(ctx: click.Context, parameter: click.Parameter) -> str:
+    return f"{ctx.auto_envvar_prefix}_{parameter.name}".upper()
+
+
+def check_environment(ctx: click.Context) -> None:
+    """Name the environment variables that set an option of this command, on stderr.
+
+    Raises:
+        UsageError: if a variable begins as ours do, and is none of any command.
+    """
+    root = ctx.find_root()
+    contexts = [root, ctx]
+    for name, command in getattr(root.command, "commands", {}).items():
+        contexts.append(click.Context(command, parent=root, info_name=name))
+    known = {
+        _variable(context, parameter): parameter
+        for context in contexts
+        for parameter in context.command.get_params(context)
+        if isinstance(parameter, click.Option)
+    }
+    for name in sorted(os.environ):
+        if name.startswith(f"{root.auto_envvar_prefix}_") and name not in known:
+            raise UsageError(f"{name}: no option has this variable.{did_you_mean(name, known)}")
+    used = [
+        f"{_variable(ctx, parameter)}={os.environ[_variable(ctx, parameter)]}"
+        for parameter in ctx.command.get_params(ctx)
+        if ctx.get_parameter_source(parameter.name) is ParameterSource.ENVIRONMENT
+    ]
+    if used:
+        warn(f"From the environment: {' '.join(used)}")
+
+
 def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:
     """A callback for an eager option, named as in LAYERS, whose value leads to a TOML file."""
 
@@ -83,9 +157,8 @@ def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:
         if value is not None:
             layers = ctx.meta.setdefault("wds_convnext.layers", {})
             layers[parameter.name] = read_toml(path_of(value), config_class)
-            # As text, as on the command line: click would cut a number 1.5 for an int to 1.
             ctx.default_map = {
-                k: str(v) for name in LAYERS for k, v in layers.get(name, {}).items()
+                key: option for name in LAYERS for key, option in layers.get(name, {}).items()
             }
         return value
 
@@ -93,23 +166,55 @@ def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:
 
 
 def read_toml(path: Path, config_class: type) -> dict[str, Any]:
-    """The options in a TOML file.
+    """The options in a TOML file that a user wrote.
 
     Raises:
-        UsageError: if it cannot be read, or has a key that is no option of the command.
+        UsageError: if it cannot be read, has a key that is no option of the command or that only
+            the command line may give, or a value that its option does not take.
     """
-    known = [spec.name for spec in fields(config_class)]
+    content = _parse_toml(path)
+    specs = {spec.name: spec for spec in fields(config_class)}
+    for key in content:
+        if key not in specs:
+            hint = did_you_mean(key, specs)
+            raise UsageError(f"{path}: no option is called {key!r}.{hint} See --help.")
+        if key in PER_CALL:
+            raise UsageError(f"{path}: {key} is of one call. Give {flag_of(key)} with the command.")
+    return _check_values(path, content, specs)
+
+
+def read_run_toml(path: Path, config_class: type, *, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The options in a run's config.toml, which an older or a newer version may have written.
+
+    What this version does not know is left out with a warning; so is what is of one call.
+
+    Raises:
+        UsageError: if it cannot be read, or has a value that its option does not take.
+    """
+    content = _parse_toml(path)
+    specs = {spec.name: spec for spec in fields(config_class) if spec.name not in PER_CALL}
+    unknown = [key for key in content if key not in specs and key not in PER_CALL]
+    if unknown:
+        warn(f"{path}: ignored {', '.join(unknown)}, which this version has no option for.")
+    known = {key: value for key, value in content.items() if key in specs}
+    return _check_values(path, known, specs)
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}. Give a TOML file of options.") from None
     except ValueError as error:  # not TOML, or not UTF-8
         raise UsageError(f"{path}: not TOML: {error}.") from None
-    for key in content:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise UsageError(f"{path}: no option is called {key!r}.{hint} See --help.")
-    return content
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply. Options are lines of key = value.") from None
+
+
+def _check_values(path: Path, content: dict, specs: dict[str, Field]) -> dict[str, Any]:
+    return {
+        key: check_value(specs[key], value, f"{path}: {key} =") for key, value in content.items()
+    }
 
 
 def recipe_path(name: str) -> Path:
@@ -130,7 +235,7 @@ def format_toml(config) -> str:
     """A config as TOML that `--config` reads back; options that are None are left out."""
     lines = []
     for name, value in asdict(config).items():
-        if name in ("out", "resume", "overwrite") or value is None:
+        if name in PER_CALL or value is None:
             continue
         if isinstance(value, str):
             value = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -67,12 +67,13 @@ class Workers(AbstractContextManager):
     """A few processes that run tasks; with one job, this process.
 
     Args:
-        jobs: processes; they are started when first needed.
+        jobs: processes, started when first needed; None for one per CPU core. A script that
+            wants more than one runs its work under `if __name__ == "__main__":`.
         on_start: called once in each process before its first task.
     """
 
-    def __init__(self, jobs: int, *, on_start: Callable[[], None] | None = None):
-        self.jobs = jobs
+    def __init__(self, jobs: int | None, *, on_start: Callable[[], None] | None = None):
+        self.jobs = jobs or os.cpu_count() or 1
         self._on_start = on_start
         self._pool: ProcessPoolExecutor | None = None
 

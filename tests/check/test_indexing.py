@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from conftest import command, encode_image, run, sample_members, write_shards, write_tar
 
-from wds_convnext.check.index import index_shards, read_class_names
+import wds_convnext.check.index
 from wds_convnext.check.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.shards.dataset import open_dataset, read_manifest
@@ -18,7 +18,7 @@ from wds_convnext.stream.stream import ShardStream
 
 
 def index(spec, **options):
-    return index_shards(str(spec), quiet=True, **options)
+    return wds_convnext.check.index.index(str(spec), jobs=1, quiet=True, **options)
 
 
 def write_json_shards(folder: Path, sizes: list[int], *, field: str) -> None:
@@ -49,7 +49,7 @@ def test_indexed_shards_read_the_same(tmp_path):
     ]
     for name in ("train-000.idx", "train-001.idx"):
         assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
-    assert verify(str(tmp_path / "theirs"), deep=True, quiet=True).problems == ()
+    assert verify(str(tmp_path / "theirs"), deep=True, jobs=1, quiet=True).problems == ()
     assert str(report).splitlines()[0] == (
         f"{tmp_path}/theirs/train.json: 5 samples, 4 classes, 2 shards, 0.0 MB"
     )
@@ -66,7 +66,7 @@ def test_labels_in_a_json_field_are_read_without_an_option_from_then_on(tmp_path
     stream = ShardStream(dataset, EvalOrder(dataset.sizes), batch_size=7, transform=_black_square)
     (batch,) = stream
     assert batch.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert verify(str(tmp_path), quiet=True).problems == ()
+    assert verify(str(tmp_path), jobs=1, quiet=True).problems == ()
 
 
 def _black_square(data, draws):
@@ -89,7 +89,7 @@ def test_class_names_are_given_or_numbers(tmp_path):
     numbered = [read_manifest(tmp_path / name).class_names for name in ("train.json", "val.json")]
     for name in ("train.json", "val.json"):
         (tmp_path / name).unlink()
-    index(tmp_path, class_names=read_class_names(str(names)))
+    index(tmp_path, class_names=names)
 
     assert numbered == [("0", "1", "2", "3")] * 2
     assert read_manifest(tmp_path / "val.json").class_names == ("ant", "bee", "cat", "dog", "emu")
@@ -198,7 +198,7 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path, content, said):
     (tmp_path / "names.txt").write_text(content)
 
     with pytest.raises(UsageError, match=said):
-        index(tmp_path, class_names=read_class_names(str(tmp_path / "names.txt")))
+        index(tmp_path, class_names=tmp_path / "names.txt")
 
 
 def test_splits_with_labels_in_different_fields_are_not_mixed(tmp_path):

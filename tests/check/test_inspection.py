@@ -25,13 +25,13 @@ from wds_convnext.errors import DataError, ShardError, UsageError
 
 
 def inspect_one(spec, **options):
-    (summary,) = inspect(str(spec), quiet=True, **options)
+    (summary,) = inspect(str(spec), jobs=1, quiet=True, **options)
     return summary
 
 
 def test_counts_are_those_of_the_data(shards):
     """Of every split of a folder; the label mix is for splits that are trained on."""
-    test, train, validation = inspect(str(shards), quiet=True)
+    test, train, validation = inspect(str(shards), jobs=1, quiet=True)
 
     assert [len(summary.image_bytes) for summary in (test, train, validation)] == [11, 50, 13]
     assert train.class_counts.tolist() == [13, 13, 12, 12]
@@ -124,9 +124,9 @@ def test_shards_that_are_not_there_or_damaged_are_errors(tmp_path):
     (tmp_path / "train-001.tar").unlink()
 
     with pytest.raises(ShardError, match="train-001.tar: No such file"):
-        inspect(str(manifest), quiet=True)
+        inspect(str(manifest), jobs=1, quiet=True)
     with pytest.raises(ShardError, match="no shard matches"):
-        inspect(str(tmp_path / "nothing"), quiet=True)
+        inspect(str(tmp_path / "nothing"), jobs=1, quiet=True)
 
 
 def test_labels_that_cannot_be_counted_are_errors(tmp_path):
@@ -137,18 +137,18 @@ def test_labels_that_cannot_be_counted_are_errors(tmp_path):
     shard = write_tar(tmp_path / "train-000.tar", members)
 
     with pytest.raises(DataError, match="a label of 9, but the manifest names 4 classes"):
-        inspect(str(manifest), quiet=True)
+        inspect(str(manifest), jobs=1, quiet=True)
     members[5] = ("0002.cls", b"-9")
     write_tar(tmp_path / "train-000.tar", members)
     (tmp_path / "train-000.idx").unlink()
     manifest.unlink()
     with pytest.raises(DataError, match="key 0002: label -9 is outside"):
-        inspect(str(shard), quiet=True)
+        inspect(str(shard), jobs=1, quiet=True)
 
 
 def test_parquet_files_are_described(parquet):
     """What their footers say: schema, rows, row groups, compression, columns to convert."""
-    summaries = {summary.split: summary for summary in inspect(str(parquet), quiet=True)}
+    summaries = {summary.split: summary for summary in inspect(str(parquet), jobs=1, quiet=True)}
     train = summaries["train"]
     footers = [pq.read_metadata(path) for path in train.paths]
 
@@ -207,11 +207,13 @@ def test_the_sheet_shows_each_class_in_its_row(tmp_path):
 def test_a_sheet_is_of_one_split(shards, parquet, tmp_path):
     """One line says what to name."""
     with pytest.raises(UsageError, match="there are test, train, validation"):
-        inspect(str(shards), sheet=str(tmp_path / "sheet.png"), quiet=True)
+        inspect(str(shards), sheet=str(tmp_path / "sheet.png"), jobs=1, quiet=True)
     with pytest.raises(UsageError, match="drawn from shards"):
-        inspect(str(parquet), sheet=str(tmp_path / "sheet.png"), quiet=True)
+        inspect(str(parquet), sheet=str(tmp_path / "sheet.png"), jobs=1, quiet=True)
     with pytest.raises(UsageError, match="--sheet .*: No such file"):
-        inspect(str(shards / "train.json"), sheet=str(tmp_path / "no" / "s.png"), quiet=True)
+        inspect(
+            str(shards / "train.json"), sheet=str(tmp_path / "no" / "s.png"), jobs=1, quiet=True
+        )
 
 
 @pytest.mark.slow

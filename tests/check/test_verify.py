@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from parquet_sets import image_table, sorted_rows, write_split
 
 from wds_convnext.check.verify import verify
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.dataset import read_manifest
 from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
@@ -55,15 +55,17 @@ def edit_members(shard: Path, edit) -> None:
 
 
 def problems_of(spec, **options) -> list[str]:
-    return [str(problem) for problem in verify(str(spec), quiet=True, **options).problems]
+    return [
+        str(problem) for problem in verify(str(spec), quiet=True, **{"jobs": 1} | options).problems
+    ]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_fresh_shards_have_no_problems(parquet, tmp_path, shuffle):
     """Every split of the folder, every image, every row of the input; in any order."""
-    reshard(str(parquet), str(tmp_path), shuffle=shuffle, num_shards=4, quiet=True)
+    convert(str(parquet), out=str(tmp_path), shuffle=shuffle, num_shards=4, jobs=1, quiet=True)
 
-    report = verify(str(tmp_path), deep=True, against=str(parquet), quiet=True)
+    report = verify(str(tmp_path), deep=True, against=str(parquet), jobs=1, quiet=True)
 
     assert report.problems == ()
     assert [split.split for split in report.splits] == ["test", "train", "validation"]
@@ -74,7 +76,7 @@ def test_fresh_shards_have_no_problems(parquet, tmp_path, shuffle):
 @pytest.mark.parametrize("spec", ["train.json", "train-*.tar", "train-<000..002>.tar"])
 def test_any_spec_of_shards_is_taken(shards, spec):
     """As for training; only what is named is checked."""
-    report = verify(str(shards / spec), quiet=True)
+    report = verify(str(shards / spec), jobs=1, quiet=True)
 
     assert [(split.split, split.num_samples) for split in report.splits] == [("train", 50)]
     assert report.problems == ()
@@ -334,9 +336,9 @@ def test_rows_that_the_conversion_left_out_are_told_from_lost_ones(tmp_path):
     images, labels = sorted_rows(12)
     images[3], images[8] = b"no image", None
     write_split(tmp_path / "in", "train", image_table(images, labels))
-    reshard(str(tmp_path / "in"), str(tmp_path / "out"), on_bad="skip", quiet=True)
+    convert(str(tmp_path / "in"), out=str(tmp_path / "out"), on_bad="skip", jobs=1, quiet=True)
 
-    report = verify(str(tmp_path / "out"), against=str(tmp_path / "in"), quiet=True)
+    report = verify(str(tmp_path / "out"), against=str(tmp_path / "in"), jobs=1, quiet=True)
 
     listing = tmp_path / "out" / "train.bad.jsonl"
     assert report.problems == ()
@@ -362,7 +364,7 @@ def test_string_labels_are_compared_by_the_manifest_s_names(tmp_path):
     images, _ = sorted_rows(6)
     table = image_table(images, ["dog", "ant", "ant", "cat", "dog", "cat"], class_names=None)
     write_split(tmp_path / "in", "train", table)
-    reshard(str(tmp_path / "in"), str(tmp_path / "out"), quiet=True)
+    convert(str(tmp_path / "in"), out=str(tmp_path / "out"), jobs=1, quiet=True)
 
     assert problems_of(tmp_path / "out", against=str(tmp_path / "in")) == []
 
@@ -372,12 +374,12 @@ def test_against_another_input_is_refused(data, shards, parquet, tmp_path):
     write_parquet(tmp_path / "other", "train", [5])
 
     with pytest.raises(UsageError, match="holds the splits train, not test"):
-        verify(str(data), against=str(tmp_path / "other"), quiet=True)
+        verify(str(data), against=str(tmp_path / "other"), jobs=1, quiet=True)
     with pytest.raises(UsageError, match="whole splits"):
-        verify(str(data / "train-000.tar"), against=str(parquet), quiet=True)
+        verify(str(data / "train-000.tar"), against=str(parquet), jobs=1, quiet=True)
     (data / "train.json").unlink()
     with pytest.raises(UsageError, match="no manifest"):
-        verify(str(data / "train-*.tar"), against=str(parquet), quiet=True)
+        verify(str(data / "train-*.tar"), against=str(parquet), jobs=1, quiet=True)
 
 
 def test_a_split_of_the_input_without_shards_is_a_problem(parquet, data):
@@ -395,7 +397,7 @@ def test_shards_without_a_manifest_are_checked_by_themselves(tmp_path):
     """No problem by itself; the note says what was not compared."""
     write_shards(tmp_path, [3, 2]).unlink()
 
-    report = verify(str(tmp_path), quiet=True)
+    report = verify(str(tmp_path), jobs=1, quiet=True)
 
     assert report.problems == ()
     assert "no manifest" in report.splits[0].notes[0]
@@ -417,7 +419,7 @@ def test_many_problems_of_a_shard_are_summed_up(tmp_path):
 def test_a_spec_that_names_nothing_is_an_error(tmp_path):
     """A mistyped path is not a finding."""
     with pytest.raises(ShardError, match="no shard matches"):
-        verify(str(tmp_path), quiet=True)
+        verify(str(tmp_path), jobs=1, quiet=True)
 
 
 def test_a_sidecar_is_optional(sealed, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from parquet_sets import image_table, read_tar, sorted_rows, write_split
 from PIL import Image
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def shards(tmp_path_factory):
     """A folder with three shards of 13 or 14 training samples."""
     folder = tmp_path_factory.mktemp("foreign")
     write_split(folder / "in", "train", image_table(*sorted_rows(40)), num_files=3)
-    reshard(str(folder / "in"), str(folder / "out"), quiet=True)
+    convert(str(folder / "in"), out=str(folder / "out"), jobs=1, quiet=True)
     return folder / "out"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import encode_image, sample_members, write_shards, write_tar
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.shards.index import RECORD, IndexFile, open_index
@@ -20,7 +20,7 @@ from wds_convnext.shards.indexing import cache_path
 @pytest.fixture
 def converted(parquet, tmp_path) -> Path:
     """Freshly converted shards: their index has checksums."""
-    reshard(str(parquet), str(tmp_path / "data"), shuffle=False, quiet=True)
+    convert(str(parquet), out=str(tmp_path / "data"), jobs=1, shuffle=False, quiet=True)
     return tmp_path / "data"
 
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wds_convnext.config import EvalConfig, TrainConfig
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.errors import TrainingError
 from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.shards.reader import SampleReader
@@ -605,7 +605,7 @@ def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
     import bench_precision
 
     subprocess.run([sys.executable, TOOLS / "make_sample.py", tmp_path / "digits"], check=True)
-    reshard(str(tmp_path / "digits"), str(tmp_path / "shards"), quiet=True)
+    convert(str(tmp_path / "digits"), out=str(tmp_path / "shards"), jobs=1, quiet=True)
     dataset = open_dataset(str(tmp_path / "shards" / "train.json"))
     size = {"image_size": 32, "batch_size": 16}
     batches = bench_precision.first_batches(dataset, **size, steps=200)

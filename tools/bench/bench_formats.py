@@ -110,9 +110,9 @@ def _write_parquet(out: Path, samples: Iterator, num_images: int, schema) -> Non
 
 
 def _write_shards(formats: Path, out: Path) -> None:
-    from wds_convnext.conversion import reshard
+    from wds_convnext.conversion import convert
 
-    reshard(str(formats / "photos"), str(out), jobs=os.cpu_count() or 1)
+    convert(str(formats / "photos"), out=str(out))
 
 
 def _write_files(formats: Path, out: Path) -> None:
@@ -152,7 +152,7 @@ def _write_ffcv_shards(formats: Path, out: Path) -> None:
     from ffcv.fields.rgb_image import encode_jpeg
     from PIL import Image
 
-    from wds_convnext.conversion import reshard
+    from wds_convnext.conversion import convert
 
     files = sorted((formats / "files").glob("*/*.jpg"))
     schema = pq.read_schema(next((formats / "photos").glob("*.parquet")))
@@ -166,7 +166,7 @@ def _write_ffcv_shards(formats: Path, out: Path) -> None:
     photos = out.with_name("ffcv jpegs")
     photos.mkdir()
     _write_parquet(photos, samples, len(files), schema)
-    reshard(str(photos), str(out), jobs=os.cpu_count() or 1)
+    convert(str(photos), out=str(out))
 
 
 FORMATS = {  # what it is made from, and how

@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.conversion.parquet import open_split
 
 NUM_FILES = 4
@@ -72,16 +72,17 @@ def write_with_webdataset(paths: list[Path], out: Path) -> None:
                     row += 1
 
 
-def convert(**options):
-    return lambda paths, out: reshard(str(paths[0].parent), str(out), quiet=True, **options)
+def conversion(**options):
+    options = {"jobs": 1} | options
+    return lambda paths, out: convert(str(paths[0].parent), out=str(out), quiet=True, **options)
 
 
 METHODS = {
     "floor": copy_plainly,
-    "stored order": convert(shuffle=False),
-    "scatter": convert(),
-    "stored order, 2 jobs": convert(shuffle=False, jobs=2),
-    "scatter, 2 jobs": convert(jobs=2),
+    "stored order": conversion(shuffle=False),
+    "scatter": conversion(),
+    "stored order, 2 jobs": conversion(shuffle=False, jobs=2),
+    "scatter, 2 jobs": conversion(jobs=2),
     "webdataset loop": write_with_webdataset,
 }
 
@@ -124,8 +125,8 @@ def measure_memory(paths: list[Path], folder: str, jobs: int, shuffle: bool) -> 
     """Print the peak memory of a conversion's processes."""
     out = tempfile.mkdtemp(dir=folder)
     code = (
-        "from wds_convnext.conversion import reshard\n"
-        f"if __name__ == '__main__': reshard({str(paths[0].parent)!r}, {out!r}, "
+        "from wds_convnext.conversion import convert\n"
+        f"if __name__ == '__main__': convert({str(paths[0].parent)!r}, out={out!r}, "
         f"jobs={jobs}, shuffle={shuffle}, quiet=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from wds_convnext.conversion import reshard
+from wds_convnext.conversion import convert
 from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream, make_loader
@@ -139,7 +139,7 @@ def measure(takes: Takes, num_batches: int, name: str) -> dict[str, list[float]]
 def main(parquet: Path, workers: int, batches: int) -> None:
     """Measure the waits for batches of PARQUET's training images."""
     with tempfile.TemporaryDirectory() as folder:
-        reshard(str(parquet), folder, jobs=workers, quiet=True)
+        convert(str(parquet), out=folder, jobs=workers, quiet=True)
         for name, takes in (
             ("ours", ours(Path(folder), workers)),
             ("the article's", article(parquet, workers)),

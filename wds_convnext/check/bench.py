@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from wds_convnext.check.advice import ROOM, BenchReport, Stages, WorkerRate
 from wds_convnext.check.measure import measure_loader
+from wds_convnext.config import BenchConfig
 from wds_convnext.errors import DataError
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.image import inspect_image
@@ -36,38 +37,34 @@ _MIN_BATCHES = 3  # under the clock
 _MAX_SURVEYED = 256  # images whose size is looked at
 
 
-def bench(
-    spec: str,
-    *,
-    image_size: int = 224,
-    batch_size: int = 160,
-    color_jitter: float = 0.4,
-    shuffle_buffer: int = 100_000,
-    workers: int | None = None,
-    seed: int = 0,
-    seconds: float = 5.0,
-    target_images_per_s: float | None = None,
-) -> BenchReport:
-    """Measure the loader with 1, 2, 4, … workers, or with `workers`, and one image's way.
+def bench(spec: str, config: BenchConfig | None = None, **options) -> BenchReport:
+    """Measure the loader with 1, 2, 4, … workers, or with `workers` of them, and one image's way.
 
     Args:
         spec: shards, as for training.
-        seconds: of each measurement, about; at least a few batches.
+        config: which loader to measure, and for how long.
+        options: fields of `BenchConfig` by name: `seconds=1.0, image_size=64`.
     Raises:
         UsageError: if there are to be more workers than make sense.
         ShardError: if the spec names nothing, or a shard is missing or damaged.
         WdsConvnextError: what else the loader met.
     """
-    most = num_workers(workers)
+    config = BenchConfig.of(config, options)
+    most = num_workers(config.workers)
     powers = [2**i for i in range(most.bit_length()) if 2**i < most]
-    counts = [*powers, most] if workers is None else [workers]
+    counts = [*powers, most] if config.workers is None else [config.workers]
     dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
-    order = TrainOrder(dataset.sizes, seed, batch_size, shuffle_buffer)
-    transform = TrainTransform(image_size, color_jitter=color_jitter)
+    order = TrainOrder(dataset.sizes, config.seed, config.batch_size, config.shuffle_buffer)
+    transform = TrainTransform(config.image_size, color_jitter=config.color_jitter)
     measured = sorted({1, *counts})  # one worker in any case: what handing over costs
     with closing(Progress(len(measured) + 1)) as progress:
         loads = Loads(
-            dataset, order, transform, batch_size=batch_size, seconds=seconds, progress=progress
+            dataset,
+            order,
+            transform,
+            batch_size=config.batch_size,
+            seconds=config.seconds,
+            progress=progress,
         )
         rates = {count: loads.rate(count) for count in measured}
         stage_times = loads.stages(rates[1].cpu_ms_per_image)
@@ -76,10 +73,10 @@ def bench(
         split=dataset.split,
         num_samples=len(dataset),
         num_cores=num_cores(),
-        batch_size=batch_size,
-        image_size=image_size,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
         by_workers=tuple(rates[count] for count in counts),
-        target_images_per_s=target_images_per_s,
+        target_images_per_s=config.target_images_per_s,
         **stage_times,
         **loads.survey(),
     )

@@ -15,6 +15,7 @@ from wds_convnext.check.splits import (
     find_shard_splits,
     hash_keys,
 )
+from wds_convnext.config import IndexConfig
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Progress, Workers
@@ -68,21 +69,19 @@ class IndexedShard:
     records: bytes
 
 
-def index_shards(
-    spec: str,
-    *,
-    label_field: str = "label",
-    class_names: tuple[str, ...] | None = None,
-    jobs: int = 1,
-    quiet: bool = False,
+def index(
+    spec: str, config: IndexConfig | None = None, *, quiet: bool = False, **options
 ) -> IndexReport:
     """Write a sidecar for each shard, and an index and a manifest for each split that a spec names.
 
     The shards themselves are left as they are. Sidecars and manifests that are there must fit.
 
     Args:
-        label_field: where the class number stands in .json members; the manifest notes it.
-        class_names: by class number. Default: the numbers.
+        spec: as for training; a folder stands for all splits in it.
+        config: where labels and class names stand.
+        options: fields of `IndexConfig` by name: `label_field="class", class_names="names.txt"`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         ShardError: if a shard is damaged, a key comes twice, a sample lacks its image or label,
             or a sidecar says otherwise than its shard.
@@ -90,6 +89,9 @@ def index_shards(
         UsageError: if a manifest lists other shards, or there are more classes than names.
     """
     started = time.monotonic()
+    config = IndexConfig.of(config, options)
+    label_field = config.label_field
+    class_names = read_class_names(config.class_names) if config.class_names else None
     splits = find_shard_splits(spec)
     for split in splits:
         if split.manifest_error:
@@ -107,7 +109,7 @@ def index_shards(
                 f"{f' ({extra[0]})' if extra else ''}. Name the manifest, or move it away."
             )
     try:
-        with Workers(jobs) as workers:
+        with Workers(config.jobs) as workers:
             indexed = [_index_split(split, label_field, workers, quiet) for split in splits]
         names = _name_classes([shard for shards in indexed for shard in shards], class_names)
         manifests = {

@@ -15,6 +15,7 @@ from wds_convnext.check.labelmix import LabelMix, measure_label_mix
 from wds_convnext.check.parquetinfo import ParquetSummary, summarise_parquet
 from wds_convnext.check.sheet import draw_sheet
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
+from wds_convnext.config import InspectConfig
 from wds_convnext.conversion.conversion import is_held_out
 from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
@@ -122,28 +123,24 @@ def _range_of(values: np.ndarray) -> str:
 
 
 def inspect(
-    spec: str,
-    *,
-    sheet: str | None = None,
-    batch_size: int = 160,
-    shuffle_buffer: int = 100_000,
-    seed: int = 0,
-    ranks: int = 1,
-    jobs: int = 1,
-    quiet: bool = False,
+    spec: str, config: InspectConfig | None = None, *, quiet: bool = False, **options
 ) -> list[ShardSummary | ParquetSummary]:
     """Describe each split of shards, with or without a manifest, or of parquet files.
 
     Args:
         spec: shards as for training; a folder stands for all splits in it. Or parquet files: a
             folder of them, a glob, a file.
-        sheet: where to draw a contact sheet, a PNG file.
-        batch_size, shuffle_buffer, seed, ranks: of the training whose label mix is wanted.
+        config: what to show besides, and of which training the label mix is.
+        options: fields of `InspectConfig` by name: `sheet="sheet.png", batch_size=64`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         ShardError: if the spec names nothing, or a shard is missing or damaged.
         DataError: if a label is no class number.
         UsageError: if a sheet of several splits, or of parquet files, is asked for.
     """
+    config = InspectConfig.of(config, options)
+    sheet = config.sheet
     if _names_parquet(spec):
         if sheet is not None:
             raise UsageError("--sheet is drawn from shards. Run make shards first.")
@@ -153,7 +150,7 @@ def inspect(
         names = ", ".join(split.name for split in splits)
         raise UsageError(f"--sheet shows one split, and there are {names}. Name one.")
     summaries = []
-    with Workers(jobs) as workers:
+    with Workers(config.jobs) as workers:
         for split in splits:
             dataset, surveys = _survey(split, workers, quiet)
             labels = np.concatenate([survey.labels for survey in surveys])
@@ -162,10 +159,10 @@ def inspect(
                 mix = measure_label_mix(
                     labels,
                     dataset.sizes,
-                    batch_size=batch_size,
-                    shuffle_buffer=shuffle_buffer,
-                    seed=seed,
-                    world_size=ranks,
+                    batch_size=config.batch_size,
+                    shuffle_buffer=config.shuffle_buffer,
+                    seed=config.seed,
+                    world_size=config.ranks,
                 )
             summaries.append(_summarise(dataset, surveys, labels, mix))
             if sheet is not None:

@@ -21,6 +21,7 @@ from wds_convnext.check.splits import (
     find_shard_splits,
     hash_keys,
 )
+from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.pool import Progress, Workers
@@ -77,12 +78,7 @@ class VerifyReport:
 
 
 def verify(
-    spec: str,
-    *,
-    deep: bool = False,
-    against: str | None = None,
-    jobs: int = 1,
-    quiet: bool = False,
+    spec: str, config: VerifyConfig | None = None, *, quiet: bool = False, **options
 ) -> VerifyReport:
     """Compare shards with their manifests, their sidecars and, if given, their input.
 
@@ -92,20 +88,24 @@ def verify(
 
     Args:
         spec: as for training; a folder stands for all splits in it.
-        deep: also decode every image.
-        against: the parquet input, as it was given to the conversion: also check that each of its
-            rows is there, once, with the same bytes and label.
-        jobs: processes.
+        config: what to compare.
+        options: fields of `VerifyConfig` by name: `deep=True, against="pictures"`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         ShardError: if the spec names nothing.
         UsageError: if `against` names no input of these splits.
     """
     started = time.monotonic()
+    config = VerifyConfig.of(config, options)
+    against = config.against
     splits = find_shard_splits(spec)
     inputs = find_inputs(against, splits) if against else {}
-    with Workers(jobs) as workers:
+    with Workers(config.jobs) as workers:
         verdicts = [
-            _verify_split(split, inputs.get(split.name), deep=deep, workers=workers, quiet=quiet)
+            _verify_split(
+                split, inputs.get(split.name), deep=config.deep, workers=workers, quiet=quiet
+            )
             for split in splits
         ]
     if against and os.path.isdir(spec):

@@ -7,7 +7,7 @@ from wds_convnext.config.data import (
     ShardsConfig,
     VerifyConfig,
 )
-from wds_convnext.config.fields import ByteSize, option
+from wds_convnext.config.fields import ByteSize, Config, option
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
     REFERENCE_LR,
@@ -20,6 +20,7 @@ __all__ = [
     "REFERENCE_LR",
     "BenchConfig",
     "ByteSize",
+    "Config",
     "EvalConfig",
     "IndexConfig",
     "InspectConfig",

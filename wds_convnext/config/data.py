@@ -12,13 +12,16 @@ from wds_convnext.config.fields import (
     SEED,
     WORKERS,
     ByteSize,
+    Config,
     FiniteRange,
+    flag_of,
     option,
 )
+from wds_convnext.errors import UsageError
 
 
 @dataclass(frozen=True)
-class ShardsConfig:
+class ShardsConfig(Config):
     """How parquet files become tar shards."""
 
     out: str = option("data", "Folder for the shards.", group="Output")
@@ -64,9 +67,16 @@ class ShardsConfig:
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = ("num_shards", "samples_per_shard", "shard_size")
+        given = [flag_of(name) for name in sizes if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other. Give one.")
+
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(Config):
     """What `wds-convnext verify` compares."""
 
     deep: bool = option(False, "Also decode every image.", group="Checks")
@@ -83,8 +93,8 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
-class InspectConfig:
-    """What `wds-convnext inspect` shows beside the data; the label mix is that of `train`."""
+class InspectConfig(Config):
+    """What `wds-convnext inspect` shows next to the data; the label mix is that of `train`."""
 
     batch_size: int = option(160, "Samples per batch and rank.", group="Label mix", type=COUNT)
     ranks: int = option(1, "Processes of the training.", group="Label mix", type=COUNT)
@@ -102,7 +112,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(Config):
     """How `wds-convnext index` reads labels."""
 
     label_field: str = option(
@@ -118,7 +128,7 @@ class IndexConfig:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Config):
     """What `wds-convnext bench` loads, and for how long; the loader is that of `train`."""
 
     image_size: int = option(

@@ -1,11 +1,22 @@
-"""What the config dataclasses are made of: fields that are also options, and types of values."""
+"""What the config dataclasses are made of: fields that are also options, and types of values.
 
+A config checks its values when it is made, whether they come from the command line, the
+environment, a TOML file or Python: a config that exists is one that its command accepts.
+"""
+
+import json
 import math
+import numbers
+import operator
+import os
 import re
-from dataclasses import field
-from typing import Any
+from dataclasses import Field, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 import click
+
+from wds_convnext.errors import UsageError, did_you_mean
 
 
 class FiniteRange(click.FloatRange):
@@ -14,8 +25,27 @@ class FiniteRange(click.FloatRange):
     def convert(self, value, param, ctx) -> float:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no finite number.", param, ctx)
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes as people write it: 500MB, 1.5GB, 4096; decimal units."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            value = str(value)
+        match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", value.strip(), re.IGNORECASE)
+        try:
+            power = " kmgt".index(match[2].lower() or " ")
+            num_bytes = int(float(match[1]) * 1000**power)
+        except (TypeError, ValueError, OverflowError):
+            num_bytes = 0
+        if num_bytes < 1:
+            self.fail(f"{value!r} is not a size; write e.g. 500MB", param, ctx)
+        return num_bytes
 
 
 FRACTION = FiniteRange(0, 1)
@@ -26,6 +56,8 @@ SEED = click.IntRange(0, 2**63 - 1)
 WORKERS = click.IntRange(0, 256)
 IMAGE_SIZE = click.IntRange(8, 4096)
 
+_PLAIN_TYPES = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
+
 
 def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=None) -> Any:
     """A dataclass field that is also a click option."""
@@ -33,17 +65,117 @@ def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=
     return field(default=default, metadata=metadata, kw_only=True)
 
 
-class ByteSize(click.ParamType):
-    """A number of bytes as people write it: 500MB, 1.5GB, 4096; decimal units."""
+def flag_of(name: str) -> str:
+    """An option's name on the command line."""
+    return "--" + name.replace("_", "-")
 
-    name = "size"
 
-    def convert(self, value, param, ctx) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", value.strip(), re.IGNORECASE)
-        try:
-            power = " kmgt".index(match[2].lower() or " ")
-            return int(float(match[1]) * 1000**power)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is no size. Write 500MB or 1.5GB.", param, ctx)
+def python_type(spec: Field) -> type:
+    """bool, int, float or str: that of a field's values, None aside."""
+    if get_origin(spec.type) is not UnionType:
+        return spec.type
+    return next(part for part in get_args(spec.type) if part is not type(None))
+
+
+def value_type(spec: Field) -> click.ParamType:
+    """The click type that converts and checks a field's values."""
+    return spec.metadata["type"] or _PLAIN_TYPES[python_type(spec)]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of the configs. Making one checks each value, and converts it to its field's type.
+
+    Raises:
+        UsageError: if a value is of another type or outside its range.
+    """
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            object.__setattr__(self, spec.name, check_value(spec, value, flag_of(spec.name)))
+
+    @classmethod
+    def of(cls, config: Self | None, options: dict[str, Any]) -> Self:
+        """The config that a public function was given: whole, as options by name, or both.
+
+        Raises:
+            UsageError: if an option has no such name, or its value is refused.
+        """
+        known = [spec.name for spec in fields(cls)]
+        for name in options:
+            if name not in known:
+                hint = did_you_mean(name, known) or f" There are {', '.join(known)}."
+                raise UsageError(f"{name}: there is no such option.{hint}")
+        return replace(cls() if config is None else config, **options)
+
+
+def check_value(spec: Field, value: Any, where: str) -> Any:
+    """A value from Python or TOML as a field holds it.
+
+    Args:
+        where: what the message names before the value; `--lr`, or `mine.toml: lr =`.
+    Raises:
+        UsageError: if it is of another type or outside the field's range.
+    """
+    if value is None and type(None) in get_args(spec.type):
+        return None
+    kind, plain = value_type(spec), python_type(spec)
+    try:
+        if isinstance(kind, ByteSize) and isinstance(value, str):
+            return kind.convert(value, None, None)
+        return kind.convert(_CASTS[plain](value), None, None)
+    except (TypeError, ValueError, OverflowError, click.BadParameter):
+        raise UsageError(refusal(spec, value, where)) from None
+
+
+def refusal(spec: Field, value: Any, where: str) -> str:
+    """The sentence that refuses a value: where, what was found, what is expected."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # nested thousands deep, in itself, or huge
+        text = f"({type(value).__name__})"
+    text = text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, str) and (not text.strip() or not text.isprintable()):
+        text = repr(text)
+    return f"{where} {text}: expected {expectation(spec)}."
+
+
+def expectation(spec: Field) -> str:
+    """What a field takes, as a phrase: "a number > 0", "auto, bf16, fp16 or off"."""
+    kind = value_type(spec)
+    if isinstance(kind, ByteSize):
+        return "a size, e.g. 500MB"
+    if isinstance(kind, click.Choice):
+        return f"{', '.join(kind.choices[:-1])} or {kind.choices[-1]}"
+    if isinstance(kind, click.IntRange | click.FloatRange):
+        noun = "an integer" if isinstance(kind, click.IntRange) else "a number"
+        if None not in (kind.min, kind.max) and not (kind.min_open or kind.max_open):
+            return f"{noun} from {kind.min} to {kind.max}"
+        low = kind.min is not None and f"{'>' if kind.min_open else '>='} {kind.min}"
+        high = kind.max is not None and f"{'<' if kind.max_open else '<='} {kind.max}"
+        return f"{noun} {' and '.join(filter(None, (low, high)))}"
+    nouns = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    return nouns[python_type(spec)]
+
+
+def _as_bool(value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _as_int(value) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _as_float(value) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError
+    return float(value)
+
+
+# Strict, where click takes 1.5 for the integer 1 and "no" for a true value.
+_CASTS = {bool: _as_bool, int: _as_int, float: _as_float, str: os.fspath}

@@ -12,16 +12,18 @@ from wds_convnext.config.fields import (
     POSITIVE,
     SEED,
     WORKERS,
+    Config,
     FiniteRange,
     option,
 )
+from wds_convnext.errors import UsageError
 
 # lr 4e-3 belongs to global batch 4096 (facebookresearch/ConvNeXt, TRAINING.md).
 REFERENCE_LR, REFERENCE_BATCH_SIZE = 4e-3, 4096
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """Everything that decides a training run. The defaults are the article's."""
 
     shards: str | None = option(
@@ -33,13 +35,13 @@ class TrainConfig:
     )
     val_shards: str | None = option(
         None,
-        "Validation shards. Default: those named validation-* or val-* beside the training shards.",
+        "Validation shards. Default: validation-* or val-* in the folder of the training shards.",
         group="Data",
     )
     image_size: int = option(
         224,
         "Side of the square the model sees, in pixels; evaluation "
-        "resizes the short side to 8/7 of it and crops the centre.",
+        "resizes the short side to 8/7 of it and crops the center.",
         group="Data",
         type=IMAGE_SIZE,
     )
@@ -114,66 +116,66 @@ class TrainConfig:
         type=FiniteRange(0, 1, max_open=True),
     )
 
-    epochs: int = option(300, "Passes over the training samples.", group="Optimisation", type=COUNT)
+    epochs: int = option(300, "Passes over the training samples.", group="Optimization", type=COUNT)
     max_steps: int | None = option(
         None,
         "Stop after so many steps; the schedule stays that of --epochs.",
-        group="Optimisation",
+        group="Optimization",
         type=COUNT,
     )
     batch_size: int = option(
-        160, "Samples per batch and process.", group="Optimisation", type=COUNT
+        160, "Samples per batch and process.", group="Optimization", type=COUNT
     )
-    accumulate: int = option(1, "Batches per optimizer step.", group="Optimisation", type=COUNT)
-    lr: float = option(REFERENCE_LR, "Peak learning rate.", group="Optimisation", type=POSITIVE)
+    accumulate: int = option(1, "Batches per optimizer step.", group="Optimization", type=COUNT)
+    lr: float = option(REFERENCE_LR, "Peak learning rate.", group="Optimization", type=POSITIVE)
     scale_lr: str = option(
         "none",
         "Scale --lr with the global batch: with its ratio to --reference-batch-size, or with the "
         "ratio's square root.",
-        group="Optimisation",
+        group="Optimization",
         type=click.Choice(["none", "linear", "sqrt"]),
     )
     reference_batch_size: int = option(
         REFERENCE_BATCH_SIZE,
         "Global batch size that --lr was chosen for; 4e-3 belongs to 4096 "
         "(facebookresearch/ConvNeXt, TRAINING.md).",
-        group="Optimisation",
+        group="Optimization",
         type=COUNT,
     )
     weight_decay: float = option(
         0.05,
         "Decoupled decay of tensors with more than one dimension.",
-        group="Optimisation",
+        group="Optimization",
         type=NON_NEGATIVE,
     )
     warmup_epochs: float = option(
         5.0,
         "Epochs in which the learning rate rises linearly.",
-        group="Optimisation",
+        group="Optimization",
         type=NON_NEGATIVE,
     )
     warmup_lr: float = option(
-        1e-6, "Learning rate of the first step.", group="Optimisation", type=NON_NEGATIVE
+        1e-6, "Learning rate of the first step.", group="Optimization", type=NON_NEGATIVE
     )
     min_lr: float = option(
-        2e-6, "Learning rate of the last step.", group="Optimisation", type=NON_NEGATIVE
+        2e-6, "Learning rate of the last step.", group="Optimization", type=NON_NEGATIVE
     )
     clip_grad_norm: float = option(
         1.0,
         "Largest norm of all gradients together; 0 for no limit.",
-        group="Optimisation",
+        group="Optimization",
         type=NON_NEGATIVE,
     )
     on_nonfinite: str = option(
         "stop",
         "When a loss or gradient is not finite: end the run, or leave that step out.",
-        group="Optimisation",
+        group="Optimization",
         type=click.Choice(["stop", "skip"]),
     )
     max_skips: int = option(
         10,
         "Steps in a row that --on-nonfinite skip may leave out; one more ends the run.",
-        group="Optimisation",
+        group="Optimization",
         type=COUNT,
     )
 
@@ -216,12 +218,20 @@ class TrainConfig:
         flag_value="newest",
     )
     overwrite: bool = option(
-        False, "Delete the run that --out holds, and start afresh.", group="Run"
+        False, "Delete the run that --out holds, and start from scratch.", group="Run"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % 2 and (self.mixup or self.cutmix) and self.mix_prob:
+            raise UsageError(
+                f"--batch-size {self.batch_size}: mixing blends pairs, so it must be even. "
+                f"Use {self.batch_size + 1}, or --mixup 0 --cutmix 0."
+            )
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Config):
     """What `wds-convnext eval` measures."""
 
     checkpoint: str | None = option(

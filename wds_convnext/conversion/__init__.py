@@ -5,14 +5,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from wds_convnext.conversion.conversion import Conversion, ReshardOptions, SplitReport, is_held_out
+from wds_convnext.config import ShardsConfig
+from wds_convnext.conversion.conversion import Conversion, SplitReport, is_held_out
 from wds_convnext.conversion.parquet import find_splits, open_split
 from wds_convnext.conversion.rows import find_class_names
 from wds_convnext.errors import DataError, UsageError, WdsConvnextError
 
 
 @dataclass(frozen=True)
-class ReshardReport:
+class ConversionReport:
     """What a conversion wrote and found; as text, a paragraph for each split."""
 
     out: str
@@ -28,63 +29,36 @@ class ReshardReport:
         return "\n".join(lines)
 
 
-def reshard(
-    source: str,
-    out: str,
-    *,
-    jobs: int = 1,
-    num_shards: int | None = None,
-    samples_per_shard: int | None = None,
-    shard_size: int | None = None,
-    shuffle: bool = True,
-    seed: int = 0,
-    overwrite: bool = False,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    check: str = "header",
-    on_bad: str = "error",
-    quiet: bool = False,
-) -> ReshardReport:
+def convert(
+    source: str, config: ShardsConfig | None = None, *, quiet: bool = False, **options
+) -> ConversionReport:
     """Convert parquet files of images and labels to tar shards, a manifest and sidecars.
 
     Args:
         source: a folder of parquet files, a glob, or a comma list (see `parquet.find_splits`).
-        out: the folder to write to; made if missing.
-        jobs: processes.
-        num_shards, samples_per_shard, shard_size: shards per split, most samples per shard, or
-            about so many bytes per shard; at most one is given. Default: one per input file.
-        shuffle: scatter every split but validation and test over its shards.
-        check: "header", or "decode" to decode every image.
-        on_bad: "error", or "skip" to leave unusable rows out.
+        config: what to write where, and how.
+        options: fields of `ShardsConfig` by name: `out="data", num_shards=4`.
+            By default there is a process per CPU core, so that a script has to call this under
+            `if __name__ == "__main__":`, or with `jobs=1`.
     Raises:
         UsageError: if the options do not fit each other, the input or what OUT holds.
         DataError: if the input is damaged, or has unusable rows and `on_bad` is "error".
     """
     started = time.monotonic()
-    sizes = {"--num-shards": num_shards, "--samples-per-shard": samples_per_shard}
-    sizes["--shard-size"] = shard_size
-    given = {name: value for name, value in sizes.items() if value is not None}
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other. Give one.")
-    for name, value in (*given.items(), ("--jobs", jobs)):
-        if value < 1:
-            raise UsageError(f"{name} {value}: expected at least 1.")
-    options = ReshardOptions(
-        num_shards, samples_per_shard, shard_size, shuffle, seed, check == "decode"
-    )
+    config = ShardsConfig.of(config, options)
+    out = config.out
     try:
         splits = [
-            open_split(name, paths, image=image_column, label=label_column)
-            for name, paths in find_splits(source).items()
+            open_split(name, paths, image=config.image_column, label=config.label_column)
+            for name, paths in find_splits(str(source)).items()
         ]
         splits = [split for split in splits if split.num_rows] or _no_rows(source)
         class_names = find_class_names(splits)
-        conversions = [
-            Conversion(split, class_names, out, options, jobs=jobs, on_bad=on_bad, quiet=quiet)
-            for split in splits
-        ]
+        conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
-            c for c in conversions if not c.staging.is_complete(c.identity, overwrite=overwrite)
+            c
+            for c in conversions
+            if not c.staging.is_complete(c.identity, overwrite=config.overwrite)
         ]
         _check_space(out, sum(conversion.num_bytes for conversion in todo))
         reports = [c.run() if c in todo else c.report_complete() for c in conversions]
@@ -92,9 +66,9 @@ def reshard(
         where = error.filename or out
         raise WdsConvnextError(
             f"{where}: {error.strerror or error}. Nothing in {out} reads as complete that is not; "
-            "mend it and run the same command again: it goes on where it stopped."
+            "fix it and run the same command again: it goes on where it stopped."
         ) from None
-    return ReshardReport(str(out), tuple(reports), time.monotonic() - started)
+    return ConversionReport(out, tuple(reports), time.monotonic() - started)
 
 
 def _no_rows(source: str):

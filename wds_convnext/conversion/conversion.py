@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.conversion.passes import (
     NO_LABEL,
@@ -42,18 +43,6 @@ FORMAT_VERSION = 1  # of the bytes written: the same input, options and version 
 _UNIT_BYTES = 256 << 20  # images in a spill file
 _MAX_UNITS = 512  # spill files are open together while a shard collects its samples
 _TAR_BYTES = 2048  # a sample's headers, label and padding
-
-
-@dataclass(frozen=True)
-class ReshardOptions:
-    """What the shards' bytes depend on, beside the input. At most one of the sizes is given."""
-
-    num_shards: int | None = None
-    samples_per_shard: int | None = None
-    shard_size: int | None = None
-    shuffle: bool = True
-    seed: int = 0
-    decode: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,16 +91,13 @@ def _counts(counter: Counter) -> str:
 class Conversion:
     """The conversion of one split: `run` it, or `report_complete` if an earlier run has."""
 
-    def __init__(self, split: ParquetSplit, class_names, out, options, *, jobs, on_bad, quiet):
-        shuffle = options.shuffle and not is_held_out(split.name)
+    def __init__(self, split: ParquetSplit, class_names, config: ShardsConfig, *, quiet: bool):
         self.split = split
         self.class_names = class_names
-        self.options = replace(options, shuffle=shuffle)
-        self.jobs = jobs
-        self.on_bad = on_bad
+        self.config = replace(config, shuffle=config.shuffle and not is_held_out(split.name))
         self.quiet = quiet
-        self.edges = shard_edges(split, self.options)
-        self.staging = Staging(out, split.name)
+        self.edges = shard_edges(split, config)
+        self.staging = Staging(config.out, split.name)
         self.survey = ImageSurvey()
         self.bad: list[tuple[int, str]] = []
 
@@ -128,8 +114,8 @@ class Conversion:
         files.append(self.staging.index_name)
         self.staging.begin(self.identity, files)
         try:
-            with Workers(self.jobs, on_start=self.staging.worker_lock()) as self.workers:
-                records = self._shuffled() if self.options.shuffle else self._in_order()
+            with Workers(self.config.jobs, on_start=self.staging.worker_lock()) as self.workers:
+                records = self._shuffled() if self.config.shuffle else self._in_order()
             shards = tuple(
                 Shard(f"{name}.tar", record["num_samples"], record["num_bytes"], record["sha256"])
                 for name, record in zip(self.names, records)
@@ -162,7 +148,7 @@ class Conversion:
         """Disk space that is needed at the peak, about."""
         num_bytes = self.split.num_bytes + _TAR_BYTES * self.split.num_rows
         written = sum(path.stat().st_size for path in self.staging.folder.glob("*"))
-        return max(0, (2 if self.options.shuffle else 1) * num_bytes - written)
+        return max(0, (2 if self.config.shuffle else 1) * num_bytes - written)
 
     @cached_property
     def identity(self) -> dict:
@@ -174,10 +160,10 @@ class Conversion:
             "format_version": FORMAT_VERSION,
             "columns": [columns.image, columns.label],
             "num_shards": len(self.edges) - 1,
-            "edges": None if self.options.shuffle else self.edges,
-            "shuffle": self.options.shuffle,
-            "seed": self.options.seed if self.options.shuffle else None,
-            "check": "decode" if self.options.decode else "header",
+            "edges": None if self.config.shuffle else self.edges,
+            "shuffle": self.config.shuffle,
+            "seed": self.config.seed if self.config.shuffle else None,
+            "check": self.config.check,
         }
 
     def _in_order(self) -> list[dict]:
@@ -198,7 +184,7 @@ class Conversion:
             paths = [self.staging.staged(f"{attempt}-{i:03d}.spill") for i in range(len(units))]
             counts = self._count_labels(units, paths)
             scatter = Scatter(
-                counts.sum(axis=0), len(self.names), self.options.seed, self.split.name
+                counts.sum(axis=0), len(self.names), self.config.seed, self.split.name
             )
             before = np.cumsum(counts, axis=0) - counts
             tasks = [
@@ -225,7 +211,9 @@ class Conversion:
         return np.array([record["class_counts"] for record in records], dtype=np.int64)
 
     def _rows(self, start: int, stop: int, excluded: frozenset = frozenset()) -> Rows:
-        return Rows(self.split, self.class_names, start, stop, self.options.decode, excluded)
+        return Rows(
+            self.split, self.class_names, start, stop, self.config.check == "decode", excluded
+        )
 
     def _shard_paths(self, name: str) -> tuple[str, str, str]:
         return tuple(self.staging.staged(name + kind) for kind in (".tar", ".idx", ".records"))
@@ -254,7 +242,7 @@ class Conversion:
             lines.append(json.dumps(place | {"reason": reason}) + "\n")
         listing = self.staging.staged(self.staging.bad_rows_name)
         write_atomically(listing, "".join(lines).encode())
-        if self.on_bad != "skip" or len(self.bad) == self.split.num_rows:
+        if self.config.on_bad != "skip" or len(self.bad) == self.split.num_rows:
             first = json.loads(lines[0])
             raise DataError(
                 f"{self.split.name}: {len(self.bad):,} of {self.split.num_rows:,} rows are "
@@ -299,7 +287,7 @@ def dataset_name(split: ParquetSplit) -> str:
     return (folder.parent if folder.name == "data" else folder).name
 
 
-def shard_edges(split: ParquetSplit, options: ReshardOptions) -> list[int]:
+def shard_edges(split: ParquetSplit, config: ShardsConfig) -> list[int]:
     """The rows at which shards begin, and the number of rows; at least one row in each.
 
     Without a size there is a shard for every file. Else sizes differ by at most one sample.
@@ -307,11 +295,11 @@ def shard_edges(split: ParquetSplit, options: ReshardOptions) -> list[int]:
     Raises:
         UsageError: if there are more shards than rows.
     """
-    num_rows, num_shards = split.num_rows, options.num_shards
-    if options.samples_per_shard:
-        num_shards = -(-num_rows // options.samples_per_shard)
-    if options.shard_size:
-        num_shards = -(-(split.num_bytes + _TAR_BYTES * num_rows) // options.shard_size)
+    num_rows, num_shards = split.num_rows, config.num_shards
+    if config.samples_per_shard:
+        num_shards = -(-num_rows // config.samples_per_shard)
+    if config.shard_size:
+        num_shards = -(-(split.num_bytes + _TAR_BYTES * num_rows) // config.shard_size)
     if num_shards is None:
         return sorted(set(split.part_starts))
     if num_shards > num_rows:

@@ -50,19 +50,6 @@ class Compute:
         return partial(torch.autocast, self.device.type, dtype=dtype) if dtype else nullcontext
 
 
-def check_options(config: TrainConfig) -> None:
-    """Refuse options that do not fit each other.
-
-    Raises:
-        UsageError: for an odd batch that is to be mixed.
-    """
-    if config.batch_size % 2 and (config.mixup or config.cutmix) and config.mix_prob:
-        raise UsageError(
-            f"--batch-size {config.batch_size}: mixing blends pairs, so it must be even. "
-            f"Use {config.batch_size + 1}, or --mixup 0 --cutmix 0."
-        )
-
-
 def lr_warning(config: TrainConfig, global_batch_size: int) -> str | None:
     """What both scaling rules would make of the ConvNeXt recipe's rate, if it is used unscaled.
 

@@ -27,7 +27,6 @@ from wds_convnext.training.build import (
     build_gauges,
     build_recipe,
     build_state,
-    check_options,
     choose_amp,
     describe,
     fit_to_checkpoint,
@@ -72,7 +71,6 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     folder, resumed = rundir.choose(config, world, warn=warn)
     if resumed:
         config = fit_to_checkpoint(config, resumed["facts"], world)
-    check_options(config)
     workers = num_workers(config.workers, ranks=world.size)
     train_data, val_data, val_spec = _open_splits(config)
     order = TrainOrder(

@@ -17,7 +17,7 @@ import pytest
 from conftest import wait_until
 from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows, write_split
 
-from wds_convnext.conversion import reshard
+import wds_convnext.conversion
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader
@@ -36,7 +36,8 @@ def source(tmp_path):
 
 
 def convert(source, out, **options):
-    return reshard(source, str(out), quiet=True, **options)
+    options = {"jobs": 1} | options
+    return wds_convnext.conversion.convert(source, out=out, quiet=True, **options)
 
 
 def samples_of(out, split="train"):
@@ -51,8 +52,8 @@ def expected_samples(num_rows, start=0):
 
 
 def start_process(source, out, stderr=subprocess.DEVNULL, **options):
-    call = f"reshard({source!r}, {str(out)!r}, **{options})"
-    code = f"from wds_convnext.conversion import reshard; {call}"
+    call = f"convert({source!r}, out={str(out)!r}, **{options})"
+    code = f"from wds_convnext.conversion import convert; {call}"
     return subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
         env=ENVIRONMENT,
@@ -167,7 +168,7 @@ def test_sizes_are_as_asked(source, tmp_path, option, value, sizes, shuffle):
     ("options", "message"),
     [
         ({"num_shards": 2, "shard_size": 3}, "--num-shards and --shard-size exclude each other"),
-        ({"num_shards": 0}, "--num-shards 0: expected at least 1"),
+        ({"num_shards": 0}, "--num-shards 0: expected an integer >= 1."),
         ({"num_shards": 41}, "41 shards for 40 rows of train"),
     ],
 )
