@@ -19,7 +19,8 @@ from wds_convnext.check.splits import (
 )
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import write_atomically
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import Manifest, Shard
 from wds_convnext.shards.tar import format_sidecar, index_samples, sidecar_path, walk_tar
@@ -133,7 +134,7 @@ def read_class_names(path: str) -> tuple[str, ...]:
 
 
 def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[IndexedShard]:
-    progress = Progress(f"{split.name}: index", num_images=0, quiet=quiet)
+    progress = Progress(f"{split.name}: index", quiet=quiet)
     tasks = [(path, label_field) for path in split.paths]
     indexed = workers.run(index_shard, tasks, progress=progress)
     repeated = find_duplicate_keys(list(split.paths), [shard.key_hashes for shard in indexed])

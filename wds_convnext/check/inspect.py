@@ -19,7 +19,8 @@ from wds_convnext.check.splits import MAX_CLASSES, ShardSplit, find_shard_splits
 from wds_convnext.conversion.conversion import is_held_out
 from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.reader import SampleReader
@@ -201,7 +202,7 @@ def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, 
     field_name = manifest.label_field if manifest else "label"
     tasks = [(listed.get(path, Shard(path, 0)), field_name) for path in split.paths]
     num_images = sum(shard.num_samples for shard, _ in tasks)
-    progress = Progress(f"{split.name}: inspect", num_images=num_images, quiet=quiet)
+    progress = Progress(f"{split.name}: inspect", total=num_images, quiet=quiet)
     surveys = workers.run(survey_shard, tasks, progress=progress)
     shards = tuple(survey.shard for survey in surveys)
     if manifest:

@@ -29,7 +29,8 @@ from wds_convnext.conversion.scatter import Scatter
 from wds_convnext.conversion.staging import Staging
 from wds_convnext.errors import DataError, UsageError
 from wds_convnext.files import write_atomically
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.spec import Manifest, Shard, read_manifest
@@ -227,7 +228,7 @@ class Conversion:
 
     def _run(self, title: str, tasks: list) -> list[dict]:
         progress = Progress(
-            f"{self.split.name}: {title}", num_images=self.split.num_rows, quiet=self.quiet
+            f"{self.split.name}: {title}", total=self.split.num_rows, quiet=self.quiet
         )
         return self.workers.run(run_task, tasks, progress=progress)
 
