@@ -1,10 +1,11 @@
-"""One display of progress: a bar on a terminal, plain lines elsewhere, nothing where it is quiet."""
+"""One display of progress: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
 
 import os
 import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -116,18 +117,29 @@ for _ in track(range(3), "Checking", unit="shards"):
 """
 
 
+def read_all(reader):
+    """What was written to a pseudo-terminal whose other side is closed."""
+    parts = []
+    try:
+        while part := os.read(reader, 1 << 16):
+            parts.append(part)
+    except OSError:  # EIO: Linux's end of file
+        pass
+    os.close(reader)
+    return b"".join(parts).decode()
+
+
 def test_on_a_terminal_there_is_a_bar_and_lines_are_above_it():
     """With counts, rate, time left, bytes and note; nothing is left of it in the end."""
     reader, terminal = pty.openpty()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], stderr=terminal, stdout=subprocess.PIPE, text=True
-        )
-        shown = os.read(reader, 100_000).decode()
-    finally:
-        os.close(reader)
-        os.close(terminal)
+    termios.tcsetwinsize(terminal, (25, 100))  # a new pseudo-terminal has no rows: no bar fits
 
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], stderr=terminal, stdout=subprocess.PIPE, text=True
+    )
+
+    os.close(terminal)
+    shown = read_all(reader)
     assert (done.returncode, done.stdout) == (0, "a line\n"), shown
     frames = shown.split("\r")
     bar = (
