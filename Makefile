@@ -10,6 +10,7 @@ UV_VERSION := 0.13.9
 SRC ?= mini-imagenet
 OUT ?= data
 SHARDS_OPTIONS ?=
+PYTEST_OPTIONS ?=
 
 .PHONY: help install demo test test-quick torture lint data shards clean
 
@@ -48,7 +49,7 @@ demo: $(INSTALLED)
 	@echo "  $(BIN)/wds-convnext train --shards 'data/train-<000..012>.tar'"
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test-quick: $(INSTALLED)
 	@$(BIN)/python -m pytest -m "not slow"

@@ -1,11 +1,16 @@
 """Small real files for the tests: images, parquet in mini-imagenet's layout, shards, runs."""
 
+import atexit
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +23,13 @@ from PIL import Image
 # The same cases every time, and no deadline: machines that run tests are shared and slow.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("fixed")
+
+# A process that takes longer hangs: on a loaded machine the slowest of the tests' takes a minute.
+# Less than the 600 s that a collective waits for a rank, so that such a wait counts as a hang.
+HANG_S = 500
+# Indexes of shards without a manifest go here, not into the home folder.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wds_convnext-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 CLASS_NAMES = ["ant", "bee", "cat", "dog"]
 TINY_RUN = {
@@ -83,7 +95,8 @@ def sample_members(num_samples: int, *, start: int = 0) -> list[tuple[str, bytes
 
 def write_shards(folder: Path, sizes: list[int], *, split: str = "train") -> Path:
     """Shards of samples numbered over the split, with sidecars and manifest; gives the latter."""
-    from wds_convnext.shards.spec import Manifest, Shard
+    from wds_convnext.shards.dataset import Dataset
+    from wds_convnext.shards.spec import Shard
     from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +107,8 @@ def write_shards(folder: Path, sizes: list[int], *, split: str = "train") -> Pat
         )
         Path(sidecar_path(path)).write_bytes(format_sidecar(list(walk_tar(path))))
         shards.append(Shard(path, size, os.path.getsize(path)))
-    Manifest("pictures", split, tuple(shards), tuple(CLASS_NAMES)).write(folder / f"{split}.json")
+    dataset = Dataset("pictures", split, tuple(shards), tuple(CLASS_NAMES))
+    dataset.write_manifest(folder / f"{split}.json")
     return folder / f"{split}.json"
 
 
@@ -138,8 +152,18 @@ def run(command: list[str], *, cwd=None, check=True, **env) -> subprocess.Comple
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=HANG_S,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
+
+
+def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait for a state that a process brings about, for as long as the process lives."""
+    while True:
+        has_ended = process.poll() is not None  # asked first: what it did last counts
+        if is_reached():
+            return
+        assert not has_ended, process.communicate()[0]
+        time.sleep(0.01)

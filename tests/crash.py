@@ -16,7 +16,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import open_dataset
 
 CHANGES = ("replace", "fsync", "unlink", "rmdir", "mkdir")
-RESUMED_AT = 5  # changes that each process of `again` lives to make, at least
+RESUMED_AT = 12  # changes that each process of `again` lives to make, at least
 
 
 def die_before(change: int) -> None:
@@ -40,7 +40,7 @@ def die_before(change: int) -> None:
 def found(out: str) -> str:
     """What a reader that takes all shards finds."""
     try:
-        return f"{open_dataset(os.path.join(out, 'train-*.tar')).num_samples} samples"
+        return f"{len(open_dataset(os.path.join(out, 'train-*.tar')))} samples"
     except ShardError:
         return "unfinished"
 

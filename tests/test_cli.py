@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CLASS_NAMES, TINY_RUN, write_parquet
+from conftest import CLASS_NAMES, HANG_S, TINY_RUN, write_parquet
 
 from wds_convnext.cli import main
 from wds_convnext.conversion import reshard
@@ -200,7 +200,7 @@ def test_help_is_complete_grouped_and_instant(capsys):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=HANG_S,
     )
 
     assert code == 0

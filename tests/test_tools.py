@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import HANG_S
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
 
 def make_sample(out: Path) -> list[Path]:
-    subprocess.run([sys.executable, TOOLS / "make_sample.py", out], check=True, timeout=60)
+    subprocess.run([sys.executable, TOOLS / "make_sample.py", out], check=True, timeout=HANG_S)
     return sorted(out.glob("*.parquet"))
 
 
@@ -58,7 +59,7 @@ def test_the_download_ends_in_one_line_without_network(tmp_path):
         [sys.executable, TOOLS / "download_data.py", "--out", tmp_path / "out"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         env={"HF_ENDPOINT": "http://127.0.0.1:9", "PATH": "", "HOME": str(tmp_path)},
     )
 

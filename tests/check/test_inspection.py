@@ -142,7 +142,7 @@ def test_labels_that_cannot_be_counted_are_errors(tmp_path):
     write_tar(tmp_path / "train-000.tar", members)
     (tmp_path / "train-000.idx").unlink()
     manifest.unlink()
-    with pytest.raises(DataError, match="key 0002: label -9 is no class number"):
+    with pytest.raises(DataError, match="key 0002: label -9 is outside"):
         inspect(str(shard), quiet=True)
 
 

@@ -76,11 +76,11 @@ def test_shards_are_opened_as_announced(tmp_path, world_size, max_open):
 
     announced = shards_opened(order, num_steps=40, max_open=max_open, **place)
 
-    with closing(SampleReader(dataset.shards, max_open=max_open)) as reader:
+    with closing(SampleReader(dataset, max_open=max_open)) as reader:
         for index in range(40):
             refs = order.micro_batch(index, rank=0, **place)
-            for shard, sample in zip(refs.shard, refs.sample):
-                reader.read(int(shard), int(sample))
+            for number in refs.number.tolist():
+                reader.read(number)
         assert reader.num_opened == announced
 
 

@@ -16,7 +16,7 @@ from parquet_sets import image_table, sorted_rows, write_split
 from wds_convnext.check.verify import verify
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import ShardError, UsageError
-from wds_convnext.shards.spec import read_manifest
+from wds_convnext.shards.dataset import read_manifest
 from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
 
 
@@ -43,7 +43,7 @@ def reseal(manifest_path: Path) -> None:
     for shard in manifest.shards:
         Path(sidecar_path(shard.path)).unlink(missing_ok=True)
         shards.append(index_shard((shard.path, "label"), lambda images, num_bytes: None).shard)
-    replace(manifest, shards=tuple(shards)).write(manifest_path)
+    replace(manifest, shards=tuple(shards)).write_manifest(manifest_path)
 
 
 def edit_members(shard: Path, edit) -> None:
@@ -213,7 +213,7 @@ def test_a_label_that_is_no_number_is_named_by_its_key(tmp_path):
     shard = write_tar(tmp_path / "train-000.tar", members)
     write_shards(tmp_path / "like", [3])
     manifest = read_manifest(tmp_path / "like" / "train.json")
-    replace(manifest, shards=(replace(manifest.shards[0], num_bytes=None),)).write(
+    replace(manifest, shards=(replace(manifest.shards[0], num_bytes=None),)).write_manifest(
         tmp_path / "train.json"
     )
 
@@ -350,7 +350,7 @@ def test_rows_that_the_conversion_left_out_are_told_from_lost_ones(tmp_path):
 def test_other_class_names_than_the_input_are_a_problem(parquet, data):
     """Equal numbers then mean other classes."""
     manifest = read_manifest(data / "test.json")
-    replace(manifest, class_names=("dog", "cat", "bee", "ant")).write(data / "test.json")
+    replace(manifest, class_names=("dog", "cat", "bee", "ant")).write_manifest(data / "test.json")
 
     (problem,) = problems_of(data / "test.json", against=str(parquet))
 
@@ -406,7 +406,7 @@ def test_many_problems_of_a_shard_are_summed_up(tmp_path):
     """The first twenty, and how many more."""
     write_shards(tmp_path, [50])
     manifest = read_manifest(tmp_path / "train.json")
-    replace(manifest, class_names=("ant",)).write(tmp_path / "train.json")
+    replace(manifest, class_names=("ant",)).write_manifest(tmp_path / "train.json")
 
     problems = problems_of(tmp_path)
 

@@ -14,13 +14,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows, write_split
 
 from wds_convnext.conversion import reshard
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import read_manifest
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS.parent)}
@@ -74,12 +74,12 @@ def test_there_is_a_shard_for_every_file_a_sidecar_for_every_shard_and_a_manifes
         for i in range(num_files)
         for extension in (".idx", ".tar")
     ]
-    names += ["test.json", "train.json", "validation.json"]
+    names += [f"{s}.{kind}" for s in ("test", "train", "validation") for kind in ("json", "index")]
     assert sorted(os.listdir(tmp_path / "out")) == sorted(names)
     assert {split.split: split.num_samples for split in report.splits} == {
         "test": 26, "train": 26, "validation": 26,
     }  # fmt: skip
-    assert read_manifest(tmp_path / "out/train.json").dataset == "in"
+    assert read_manifest(tmp_path / "out/train.json").name == "in"
 
 
 def test_in_stored_order_every_row_is_there_once_in_its_place(source, tmp_path):
@@ -112,12 +112,9 @@ def test_our_reader_reads_what_was_written(source, tmp_path):
 
     dataset = open_dataset(str(tmp_path / "out/train.json"))
 
-    reader = SampleReader(dataset.shards)
-    read = [
-        reader.read(shard, sample)
-        for shard, size in enumerate(dataset.sizes)
-        for sample in range(size)
-    ]
+    reader = SampleReader(dataset)
+    read = [reader.read(number) for number in range(len(dataset))]
+    assert dataset.index.has_checksums
     assert read == [(image, label) for _, image, label in samples_of(tmp_path / "out")]
     assert dataset.class_names == ("ant", "bee", "cat", "dog")
 
@@ -216,9 +213,15 @@ def test_killed_at_random_moments_with_several_jobs_it_finishes_with_equal_bytes
     straight = read_folder(tmp_path / "straight")
     num_unfinished = 0
 
-    for wait_s in random.Random(0).choices([0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2], k=10):
+    def num_done():
+        """Steps of the conversion that are finished: files read, shards written."""
+        return len(list(out.glob("train.partial/*.done")))
+
+    for num_more in random.Random(0).choices(range(10), k=10):
+        enough = num_done() + num_more
         process = start_process(source, out, num_shards=40, jobs=3)
-        time.sleep(wait_s)
+        while process.poll() is None and (num_done() < enough or not out.exists()):
+            time.sleep(0.01)
         process.kill()
         assert process.wait() in (0, -signal.SIGKILL)
         if (out / "train.json").exists():
@@ -457,7 +460,7 @@ def test_all_formats_keep_their_extension_and_are_reported(tmp_path):
     assert "train: 6 samples, 4 classes, 1 shard, " in str(report)
     assert "next: wds-convnext verify" in str(report)
     dataset = open_dataset(str(tmp_path / "out/train.json"))
-    assert SampleReader(dataset.shards).read(0, 2) == (images[2], 0)
+    assert SampleReader(dataset).read(2) == (images[2], 0)
 
 
 def test_a_pillow_decode_finds_what_the_header_hides(tmp_path):
@@ -503,8 +506,7 @@ def test_a_killed_worker_is_one_line_and_the_conversion_can_be_finished(tmp_path
     write_split(tmp_path / "in", "train", table, num_files=4, row_group_size=100)
     source, out = str(tmp_path / "in"), tmp_path / "out"
     process = start_process(source, out, num_shards=40, jobs=2, stderr=subprocess.PIPE)
-    while not list(out.glob("train.partial/*.done")):
-        time.sleep(0.01)
+    wait_until(lambda: any(out.glob("train.partial/*.done")), process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [
         pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.conversion.tarwriter import ShardWriter, member_header
+from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.tar import read_samples, walk_tar
 
 
@@ -32,7 +33,7 @@ def test_a_shard_is_the_tar_that_tarfile_writes_and_its_sidecar_agrees(tmp_path)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
-    with ShardWriter(shard, sidecar_path=sidecar) as writer:
+    with ShardWriter(shard, sidecar_path=sidecar, records_path=str(tmp_path / "records")) as writer:
         for key, image, label in samples:
             writer.write(key, memoryview(image), extension="jpg", label=label)
 
@@ -40,6 +41,9 @@ def test_a_shard_is_the_tar_that_tarfile_writes_and_its_sidecar_agrees(tmp_path)
     assert read_samples(shard) == list(walk_tar(shard))
     assert writer.record()["num_bytes"] == len(expected.getvalue())
     assert writer.record()["num_samples"] == 4
+    scanned = scan_shard(shard, list(walk_tar(shard)), images=True)
+    records = b"".join(sample.record.pack() for sample in scanned)
+    assert (tmp_path / "records").read_bytes() == records
 
 
 def test_an_interrupted_shard_has_no_end_and_no_sidecar(tmp_path):
@@ -47,10 +51,10 @@ def test_an_interrupted_shard_has_no_end_and_no_sidecar(tmp_path):
     shard, sidecar = tmp_path / "train-000.tar", tmp_path / "train-000.idx"
 
     with pytest.raises(KeyboardInterrupt), ShardWriter(
-        str(shard), sidecar_path=str(sidecar)
+        str(shard), sidecar_path=str(sidecar), records_path=str(tmp_path / "records")
     ) as writer:  # fmt: skip
         writer.write("0", b"image", extension="jpg", label=0)
         raise KeyboardInterrupt
 
     assert shard.stat().st_size == 0
-    assert not sidecar.exists()
+    assert not sidecar.exists() and not (tmp_path / "records").exists()

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import ShardError
+from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.tar import (
     BLOCK,
     Member,
     format_sidecar,
-    index_samples,
     read_samples,
     read_sidecar,
     sidecar_path,
@@ -248,7 +248,6 @@ def test_a_tar_without_samples_has_none(tmp_path):
     shard = write_tar(tmp_path / "a.tar", [])
 
     assert list(walk_tar(shard)) == []
-    assert len(index_samples(shard, [])) == 0
 
 
 def test_a_key_that_comes_back_is_refused(tmp_path):
@@ -403,12 +402,12 @@ def test_an_index_knows_images_and_labels_of_any_kind_and_order(tmp_path, extens
     shard = write_tar(tmp_path / "a.tar", members)
     whole = Path(shard).read_bytes()
 
-    index = index_samples(shard, read_samples(shard))
+    (sample,) = scan_shard(shard, read_samples(shard), images=True)
 
-    assert len(index) == 1
-    assert whole[index.image_offset[0] :][: index.image_bytes[0]] == b"image"
-    assert whole[index.label_offset[0] :][: index.label_bytes[0]] == b"12"
-    assert index.label_extension == "cls"
+    (image_at, image_bytes), (label_at, label_bytes) = sample.record.places
+    assert whole[image_at:][:image_bytes] == sample.image == b"image"
+    assert whole[label_at:][:label_bytes] == b"12"
+    assert sample.label == 12
 
 
 @pytest.mark.parametrize(
@@ -435,15 +434,6 @@ def test_a_shard_that_cannot_be_trained_on_says_which_sample(tmp_path, names, me
     shard = write_tar(tmp_path / "a.tar", [(name, b"0") for name in names])
 
     with pytest.raises(ShardError) as error:
-        index_samples(shard, read_samples(shard))
+        list(scan_shard(shard, read_samples(shard)))
 
     assert str(error.value) == f"{tmp_path}{os.sep}{message}"
-
-
-def test_an_index_cannot_be_changed(tmp_path):
-    """It is shared by everything that reads the shard."""
-    shard = write_tar(tmp_path / "a.tar", sample_members(1))
-    index = index_samples(shard, read_samples(shard))
-
-    with pytest.raises(ValueError, match="read-only"):
-        index.image_offset[0] = 0

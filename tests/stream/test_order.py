@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import HANG_S
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,11 +121,6 @@ def test_every_sample_comes_exactly_once_per_epoch(sizes, batch, buffer, lanes, 
     assert all(len(b) == batch for b in batches)
     for e in range(num_epochs):
         assert (np.sort(number[epoch == e]) == np.arange(total)).all()
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    shard = np.concatenate([b.shard for b in batches])
-    sample = np.concatenate([b.sample for b in batches])
-    assert (starts[shard] + sample == number).all()
-    assert (sample < np.array(sizes)[shard]).all()
 
 
 @given(
@@ -266,4 +262,4 @@ def test_order_imports_only_numpy_and_opens_no_file():
         "TrainOrder(np.full(1000, 1400), 0, 256, 10_000).global_batch(10**6)\n"
         "assert 'torch' not in sys.modules and not opened, opened\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)

@@ -5,31 +5,31 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import run, train_command
-from test_resume import assert_same, comparable, start, wait_for_file
+from conftest import HANG_S, run, train_command
+from test_resume import assert_same, comparable, start, wait_for_a_newer_step
 
 from wds_convnext.training.checkpoint import load_checkpoint
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+# Standalone: on a port that is free, whatever else runs on this machine.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # No mixing and no stochastic depth: these are drawn per rank, so only without them are the
 # weights of one and of two processes equal to rounding.
 PLAIN = {"--mixup": 0, "--cutmix": 0, "--drop-path-rate": 0, "--label-smoothing": 0}
 
 
-def two_ranks(command: list[str], port: int) -> list[str]:
+def two_ranks(command: list[str]) -> list[str]:
     """The same command on two gloo ranks."""
-    return [*TORCHRUN, "--master-port", str(port), *command[1:]]
+    return [*TORCHRUN, *command[1:]]
 
 
 @pytest.mark.slow
 def test_two_ranks_train_on_the_same_global_batches_as_one(shards, tmp_path):
     """Half the batch on each of two ranks: weights equal to rounding, evaluation to the sample."""
     run(train_command(shards, tmp_path / "one", **PLAIN))
-    run(two_ranks(train_command(shards, tmp_path / "two", **PLAIN | {"--batch-size": 4}), 29511))
+    run(two_ranks(train_command(shards, tmp_path / "two", **PLAIN | {"--batch-size": 4})))
 
     one, two = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for key, value in one["model"].items():
@@ -47,7 +47,7 @@ def test_evaluation_on_two_ranks_equals_one_process(shards, tmp_path):
     evaluation = [str(part) for part in evaluation]
 
     one = json.loads(run(evaluation).stdout)
-    two = json.loads(run(two_ranks(evaluation, 29512)).stdout)
+    two = json.loads(run(two_ranks(evaluation)).stdout)
 
     assert two["num_samples"] == one["num_samples"] == 13
     assert two["top1"] == one["top1"] and two["top5"] == one["top5"]
@@ -57,13 +57,13 @@ def test_evaluation_on_two_ranks_equals_one_process(shards, tmp_path):
 @pytest.mark.slow
 def test_a_signal_stops_both_ranks_at_one_step_and_the_resume_is_exact(shards, tmp_path):
     """SIGTERM to torchrun, which forwards it: last.pt, status.json; then as if never stopped."""
-    straight = two_ranks(train_command(shards, tmp_path / "a", **{"--batch-size": 4}), 29513)
-    broken = two_ranks(train_command(shards, tmp_path / "b", **{"--batch-size": 4}), 29514)
+    straight = two_ranks(train_command(shards, tmp_path / "a", **{"--batch-size": 4}))
+    broken = two_ranks(train_command(shards, tmp_path / "b", **{"--batch-size": 4}))
     run(straight)
     process = start(broken)
-    wait_for_file(tmp_path / "b" / "step-000000005.pt", process)
+    wait_for_a_newer_step(tmp_path / "b", process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_S)
     status = json.loads((tmp_path / "b" / "status.json").read_text())
     run([*broken, "--resume"])
 
@@ -74,17 +74,18 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_resume_is_exact(shards, t
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_quickly(shards, tmp_path):
-    """kill -9 of one rank: torchrun ends the run, and the last checkpoint is whole."""
+    """kill -9 of one rank: torchrun ends the run, and the last checkpoint is whole.
+
+    Quickly: before the timeout of a collective.
+    """
     out = tmp_path / "run"
     command = train_command(shards, out, **{"--batch-size": 4, "--epochs": 300})
-    process = start(two_ranks(command, 29515))
-    wait_for_file(out / "step-000000005.pt", process)
-    started = time.monotonic()
+    process = start(two_ranks(command))
+    wait_for_a_newer_step(out, process)
     os.kill(int(children_of(process)[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG_S)
 
     assert process.returncode != 0
-    assert time.monotonic() - started < 45
     # The other rank says so, unless torchrun, which names the signal, ends it before it can.
     assert "rank 0: another process of the run is gone" in output or "SIGKILL" in output
     assert load_checkpoint(out / "last.pt")["step"] >= 5
@@ -94,14 +95,14 @@ def test_a_rank_that_dies_ends_the_others_quickly(shards, tmp_path):
 def test_torchrun_restarts_from_the_last_checkpoint(shards, tmp_path):
     """kill -9 of one rank under --max-restarts: the run goes on, and ends as if never killed."""
     options = {"--batch-size": 4, "--epochs": 8}
-    run(two_ranks(train_command(shards, tmp_path / "a", **options), 29516))
-    command = two_ranks(train_command(shards, tmp_path / "b", "--resume", **options), 29517)
-    command[3:3] = ["--standalone", "--max-restarts", "1"]
+    run(two_ranks(train_command(shards, tmp_path / "a", **options)))
+    command = two_ranks(train_command(shards, tmp_path / "b", "--resume", **options))
+    command[3:3] = ["--max-restarts", "1"]
     # Without it the restarted ranks find the addresses of the dead ones (pytorch issue 135712).
     process = start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    wait_for_file(tmp_path / "b" / "step-000000005.pt", process)
+    wait_for_a_newer_step(tmp_path / "b", process)
     os.kill(int(children_of(process)[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=HANG_S)
 
     assert process.returncode == 0, output
     assert "Resumed at step" in output
@@ -120,7 +121,7 @@ def test_a_resume_on_other_ranks_goes_on_with_the_same_global_batches(shards, tm
     run(train_command(shards, tmp_path / "one", **PLAIN))
     run(train_command(shards, tmp_path / "both", "--max-steps", 7, **PLAIN))
     command = train_command(shards, tmp_path / "both", "--resume", **PLAIN)
-    result = run(two_ranks(command, 29518))
+    result = run(two_ranks(command))
 
     assert "Resumed at step 7." in result.stdout
     assert "world_size 2, the checkpoint had 1" in result.stderr

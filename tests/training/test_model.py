@@ -29,6 +29,7 @@ def assert_same_weights(one: dict, other: dict, *, without=()) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
+@pytest.mark.bits
 def test_a_model_has_the_classes_asked_for():
     """And fresh weights that depend on torch's seed alone."""
     images = torch.randn(2, 3, 32, 32)
@@ -285,6 +286,7 @@ def test_the_average_follows_its_formula(decay):
         torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=20 * 2**-20)
 
 
+@pytest.mark.bits
 def test_a_frozen_average_stays_to_the_bit():
     """From the step on whose loss was not finite nothing changes."""
     model = tiny_model()
@@ -309,6 +311,7 @@ def test_an_update_reads_nothing_from_the_device():
         assert average.state_dict()["weight"].shape == (4, 3)
 
 
+@pytest.mark.bits
 def test_applied_computes_with_the_average_and_puts_the_weights_back():
     """Both to the bit, also after an error; buffers stay the model's."""
     model = tiny_model()
@@ -327,6 +330,7 @@ def test_applied_computes_with_the_average_and_puts_the_weights_back():
     assert not torch.equal(averaged["0.weight"], weights["0.weight"])
 
 
+@pytest.mark.bits
 def test_an_average_is_restored_from_its_state():
     """Another one of the same model goes on as if it were the first."""
     model = tiny_model()

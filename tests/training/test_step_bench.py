@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import HANG_S
 
 from wds_convnext.training.build import Compute
 from wds_convnext.training.distributed import World
@@ -38,7 +39,7 @@ def test_the_table_has_every_contender_and_only_ours_never_syncs(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=HANG_S,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     [content] = json.loads((tmp_path / "steps.json").read_text())["results"]

@@ -307,6 +307,7 @@ def test_ranks_exchange_gradients_once_per_step(two_ranks, accumulate):
     assert len(set(steps_of_buckets)) == len(steps_of_buckets)
 
 
+@pytest.mark.bits
 def test_from_a_nonfinite_step_on_nothing_changes(poison):
     """Weights, moments, step counts and average are those before it, also after later steps."""
     poison(2)
@@ -322,6 +323,7 @@ def test_from_a_nonfinite_step_on_nothing_changes(poison):
     assert state.sums.read().failed_step == 2
 
 
+@pytest.mark.bits
 def test_skipping_leaves_out_a_nonfinite_step_and_goes_on(poison):
     """The skipped step changes nothing and is in no mean; the next one trains."""
     poison(1)
@@ -355,6 +357,7 @@ def test_skipping_ends_at_max_skips_in_a_row(poison):
     assert failed_steps == [-1] * 6 + [6, 6]
 
 
+@pytest.mark.bits
 def test_our_adamp_gives_the_learning_curve_of_timms(shards, one_thread):
     """Forty whole steps on real images, mixing and stochastic depth on: the same losses."""
     train_data = open_dataset(str(shards / "train.json"))
@@ -414,8 +417,8 @@ def test_an_overflow_of_the_scaled_gradient_only_skips():
 def keys_of_step(shards, step: int) -> list[str]:
     train_data = open_dataset(str(shards / "train.json"))
     refs = TrainOrder(train_data.sizes, **ORDER).global_batch(step)
-    with closing(SampleReader(train_data.shards)) as reader:
-        return [reader.describe(*map(int, place))["key"] for place in zip(refs.shard, refs.sample)]
+    with closing(SampleReader(train_data)) as reader:
+        return [reader.key(number) for number in refs.number.tolist()]
 
 
 def run_config(shards, tmp_path, **options) -> TrainConfig:
@@ -568,6 +571,7 @@ def test_a_compiled_model_that_computes_something_else_is_noticed(
     assert ("Do not trust this run" in capsys.readouterr().out) == is_wrong
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("autocast", [True, False])
 def test_blocks_hand_on_half_precision_under_autocast_and_nothing_else_changes(autocast):
     """Every block's output is bf16 under autocast; in float32 the model is timm's bit for bit, and
@@ -667,13 +671,15 @@ def test_readings_are_per_device_and_only_what_is_known():
     """1,000 images/s of 1 GFLOP on two devices of 1 TFLOP/s are half of each one's peak."""
     timer = DeviceTimer(torch.device("cpu"))
     unknown = Gauges(10**9, peak=None, num_devices=2, optimizer_timer=timer).read(1000.0)
+    started = time.perf_counter()
     with timer.span():
         time.sleep(0.01)
+    elapsed_ms = 1e3 * (time.perf_counter() - started)
     known = Gauges(10**9, peak=1e12, num_devices=2, optimizer_timer=timer).read(1000.0)
 
     assert unknown.keys() == {"train/tflops_per_s", "train/memory_gb"}
     assert known["train/tflops_per_s"] == 0.5 and known["train/mfu"] == 0.5
-    assert 10 <= known["train/optimizer_ms"] < 1000
+    assert 10 <= known["train/optimizer_ms"] <= elapsed_ms
     assert 0.1 < known["train/memory_gb"] < 1000
 
 

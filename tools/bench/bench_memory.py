@@ -33,7 +33,7 @@ import click
 from bench_peers import Setting, article
 
 from wds_convnext.check.measure import process_tree
-from wds_convnext.shards.spec import read_manifest
+from wds_convnext.shards.dataset import read_manifest
 
 BATCH_SIZE, IMAGE_SIZE = 64, 224
 BASE_GIGABYTES = 0.5
@@ -89,7 +89,7 @@ def prepare(parquet: Path, work: Path, gigabytes: float) -> None:
     link([Path(shard.path).with_suffix(".idx") for shard in shards], folder / "shards")
     tars = link([Path(shard.path) for shard in shards], folder / "shards")
     shards = tuple(replace(shard, path=str(tar)) for shard, tar in zip(shards, tars))
-    replace(manifest, shards=shards).write(folder / "shards" / "train.json")
+    replace(manifest, shards=shards).write_manifest(folder / "shards" / "train.json")
 
 
 def link(files: list[Path], folder: Path, name: str = "train-{:05}") -> list[Path]:
@@ -110,7 +110,7 @@ def ours(folder: Path, case: Case) -> Iterator:
     from wds_convnext.stream.transforms import TrainTransform
 
     dataset = open_dataset(str(folder / "shards" / "train.json"))
-    buffer = case.shuffle_buffer or dataset.num_samples
+    buffer = case.shuffle_buffer or len(dataset)
     order = TrainOrder(dataset.sizes, 0, BATCH_SIZE, buffer)
     transform = TrainTransform(IMAGE_SIZE)
     stream = ShardStream(dataset, order, batch_size=BATCH_SIZE, transform=transform)

@@ -68,10 +68,10 @@ def measure_locality() -> None:
     print(f"\n{'samples':>12}{'shards':>8}{'batch':>7}{'buffer':>12}{'ranks':>7}{'opened':>9}")
     for num_samples, num_shards, batch, buffer, ranks in LOCALITY:
         order = make_order(num_samples, num_shards, batch, buffer)
-        opened = set()
+        opened, ends = set(), np.cumsum(order.sizes)
         for step in range(1000):
             refs = order.micro_batch(step, batch_size=batch // ranks, rank=0, world_size=ranks)
-            opened.update(refs.shard.tolist())
+            opened.update(np.searchsorted(ends, refs.number, side="right").tolist())
         print(
             f"{num_samples:>12,}{num_shards:>8,}{batch:>7,}{buffer:>12,}{ranks:>7}{len(opened):>9,}"
         )

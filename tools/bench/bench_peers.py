@@ -78,11 +78,9 @@ def bare_loop(setting: Setting) -> Iterator:
     from wds_convnext.shards.dataset import open_dataset
     from wds_convnext.shards.reader import SampleReader
 
-    shards = open_dataset(str(setting.formats / "shards" / "train.json")).shards
-    reader = SampleReader(shards)
-    images = [
-        reader.read(i, j)[0] for i in range(len(shards)) for j in range(shards[i].num_samples)
-    ]
+    dataset = open_dataset(str(setting.formats / "shards" / "train.json"))
+    reader = SampleReader(dataset)
+    images = [reader.read(number)[0] for number in range(len(dataset))]
     context = multiprocessing.get_context("fork")  # shares the images
     batches_done = context.Semaphore(0)
     for number in range(max(1, setting.workers)):

@@ -46,7 +46,7 @@ OFF = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "label_smoothing": 0.
 def first_batches(dataset: Dataset, *, image_size: int, batch_size: int, steps: int):
     """The batches of a run's first steps, from the training loader's stream."""
     order = TrainOrder(
-        dataset.sizes, seed=0, global_batch_size=batch_size, shuffle_buffer=dataset.num_samples
+        dataset.sizes, seed=0, global_batch_size=batch_size, shuffle_buffer=len(dataset)
     )
     transform = TrainTransform(image_size)
     stream = ShardStream(dataset, order, batch_size=batch_size, transform=transform)

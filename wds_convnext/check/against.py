@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.decode import decode_rgb
-from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import read_samples
 
@@ -165,16 +164,15 @@ class DigestShard:
 
 def digest_shard(task: DigestShard, count: Callable[[int, int], None]) -> np.ndarray:
     """Row, image digest and label of each sample, DIGEST; nothing if the shard is broken."""
-    digests = []
+    path, digests = task.shard.path, []
     try:
-        samples = read_samples(task.shard.path)
-        shard = Shard(task.shard.path, len(samples))
-        with closing(SampleReader((shard,), label_field=task.label_field)) as reader:
-            for sample, members in enumerate(samples):
-                image, label = reader.read(0, sample)
-                digests.append((_row_of(members[0].key), digest_image(image), label))
-                count(1, len(image))
-    except (ShardError, DataError):  # the check of the shard itself has reported it
+        samples = scan_shard(path, read_samples(path), label_field=task.label_field, images=True)
+        for sample in samples:
+            if sample.error is None:
+                image = digest_image(sample.image)
+                digests.append((_row_of(sample.key), image, sample.label))
+            count(1, len(sample.image))
+    except ShardError:  # the check of the shard itself has reported it
         pass
     return np.array(digests, dtype=DIGEST)
 

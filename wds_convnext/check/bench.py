@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 
 import click
 import numpy as np
@@ -62,8 +61,7 @@ def bench(
     most = num_workers(workers)
     powers = [2**i for i in range(most.bit_length()) if 2**i < most]
     counts = [*powers, most] if workers is None else [workers]
-    survey_bar = partial(tqdm, desc="Reading labels", unit="shard", leave=False, disable=None)
-    dataset = open_dataset(spec, progress=survey_bar)
+    dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
     order = TrainOrder(dataset.sizes, seed, batch_size, shuffle_buffer)
     transform = TrainTransform(image_size, color_jitter=color_jitter)
     measured = sorted({1, *counts})  # one worker in any case: what handing over costs
@@ -76,7 +74,7 @@ def bench(
     return BenchReport(
         dataset=dataset.name,
         split=dataset.split,
-        num_samples=dataset.num_samples,
+        num_samples=len(dataset),
         num_cores=num_cores(),
         batch_size=batch_size,
         image_size=image_size,
@@ -188,8 +186,8 @@ class Loads:
         found = []
         refs, _ = self.order.at(np.arange(min(_MAX_SURVEYED, self.order.num_samples)))
         with closing(self._stream().open_reader()) as reader:
-            for shard, sample in zip(refs.shard.tolist(), refs.sample.tolist()):
-                data, _ = reader.read(shard, sample)
+            for number in refs.number.tolist():
+                data, _ = reader.read(number)
                 try:
                     image = inspect_image(data)
                 except DataError:
@@ -216,14 +214,14 @@ class TimedReader:
     def __init__(self, reader: SampleReader, spent: Counter):
         self.reader, self.spent = reader, spent
 
-    def read(self, shard: int, sample: int) -> tuple[bytes, int]:
+    def read(self, number: int) -> tuple[bytes, int]:
         started = time.perf_counter()
-        found = self.reader.read(shard, sample)
+        found = self.reader.read(number)
         self.spent["read"] += time.perf_counter() - started
         return found
 
-    def describe(self, shard: int, sample: int) -> dict:
-        return self.reader.describe(shard, sample)
+    def describe(self, number: int) -> dict:
+        return self.reader.describe(number)
 
 
 class TimedTransform:

@@ -1,17 +1,15 @@
-"""Manifest and sidecars for shards that others made, so that training starts at once and checks."""
+"""Manifest, sidecars and index for shards that others made, so that training starts and checks."""
 
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from wds_convnext.check.splits import (
-    MAX_CLASSES,
     ShardSplit,
     find_duplicate_keys,
     find_shard_splits,
@@ -21,25 +19,27 @@ from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextEr
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
-from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import Manifest, Shard
-from wds_convnext.shards.tar import format_sidecar, index_samples, sidecar_path, walk_tar
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.index import JSON_LABEL, MAGIC, encode_footer
+from wds_convnext.shards.indexing import write_pieces
+from wds_convnext.shards.scan import scan_shard
+from wds_convnext.shards.spec import Shard, index_path
+from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
 
 
 @dataclass(frozen=True)
 class IndexReport:
     """The manifests that were written, by path."""
 
-    manifests: dict[str, Manifest]
+    manifests: dict[str, Dataset]
     seconds: float
 
     def __str__(self) -> str:
         lines = []
         for path, manifest in self.manifests.items():
-            num_samples = sum(shard.num_samples for shard in manifest.shards)
             num_bytes = sum(shard.num_bytes for shard in manifest.shards)
             lines.append(
-                f"{path}: {num_samples:,} samples, {len(manifest.class_names)} classes, "
+                f"{path}: {len(manifest):,} samples, {len(manifest.class_names)} classes, "
                 f"{len(manifest.shards)} shards, {num_bytes / 1e6:,.1f} MB"
             )
         first = next(iter(self.manifests))
@@ -50,7 +50,7 @@ class IndexReport:
     def to_json(self) -> dict:
         return {
             path: {
-                "num_samples": sum(shard.num_samples for shard in manifest.shards),
+                "num_samples": len(manifest),
                 "num_shards": len(manifest.shards),
                 "num_classes": len(manifest.class_names),
             }
@@ -66,6 +66,7 @@ class IndexedShard:
     key_hashes: np.ndarray
     highest_label: int
     label_extension: str
+    records: bytes
 
 
 def index_shards(
@@ -76,9 +77,9 @@ def index_shards(
     jobs: int = 1,
     quiet: bool = False,
 ) -> IndexReport:
-    """Write a sidecar beside each shard and a manifest for each split that a spec names.
+    """Write a sidecar for each shard, and an index and a manifest for each split that a spec names.
 
-    The shards themselves are left as they are. Sidecars that are there must fit.
+    The shards themselves are left as they are. Sidecars and manifests that are there must fit.
 
     Args:
         label_field: where the class number stands in .json members; the manifest notes it.
@@ -87,21 +88,24 @@ def index_shards(
         ShardError: if a shard is damaged, a key comes twice, a sample lacks its image or label,
             or a sidecar says otherwise than its shard.
         DataError: if a label is no class number.
-        UsageError: if a manifest is there already, or there are more classes than names.
+        UsageError: if a manifest lists other shards, or there are more classes than names.
     """
     started = time.monotonic()
     splits = find_shard_splits(spec)
     for split in splits:
-        if os.path.exists(split.manifest_path):
-            raise UsageError(
-                f"{split.manifest_path}: is there already. Check the shards against it with "
-                "wds-convnext verify; to index them anew, move it away."
-            )
-        absent = sorted(set(split.paths) - set(split.present))
+        if split.manifest_error:
+            raise split.manifest_error
+        absent = sorted({*split.paths, *split.listed} - set(split.present))
         if absent or split.is_interrupted:
             raise ShardError(
                 f"{', '.join(absent[:5]) or split.manifest_path}: missing. An index of what is "
                 "left would make the loss look complete: copy or write the shards again."
+            )
+        if split.manifest and set(split.paths) != set(split.listed):
+            extra = sorted(set(split.paths) - set(split.listed))
+            raise UsageError(
+                f"{split.manifest_path}: lists other shards than are named"
+                f"{f' ({extra[0]})' if extra else ''}. Name the manifest, or move it away."
             )
     try:
         with Workers(jobs) as workers:
@@ -111,8 +115,9 @@ def index_shards(
             split.manifest_path: _make_manifest(split, shards, label_field, names)
             for split, shards in zip(splits, indexed)
         }
-        for path, manifest in manifests.items():
-            manifest.write(path)
+        for (path, manifest), shards in zip(manifests.items(), indexed):
+            write_pieces(index_path(path), _index_content(manifest.shards, shards))
+            manifest.write_manifest(path)  # last: its presence means that all is there
     except OSError as error:
         raise WdsConvnextError(f"{error.filename}: {error.strerror}.") from None
     return IndexReport(manifests, time.monotonic() - started)
@@ -135,8 +140,12 @@ def read_class_names(path: str) -> tuple[str, ...]:
 
 def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[IndexedShard]:
     progress = Progress(f"{split.name}: index", quiet=quiet)
+    if split.manifest:
+        label_field = split.manifest.label_field
     tasks = [(path, label_field) for path in split.paths]
     indexed = workers.run(index_shard, tasks, progress=progress)
+    for shard in indexed:
+        _compare_with_manifest(shard.shard, split)
     repeated = find_duplicate_keys(list(split.paths), [shard.key_hashes for shard in indexed])
     if repeated:
         key, where = repeated[0]
@@ -145,6 +154,26 @@ def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[Indexed
             "write the shards again with other keys."
         )
     return indexed
+
+
+def _compare_with_manifest(shard: Shard, split: ShardSplit) -> None:
+    """Refuse a shard that is not the one that its manifest lists."""
+    listed = split.listed.get(shard.path)
+    if listed is None:
+        return
+    for what in ("num_bytes", "sha256", "num_samples"):
+        found, stated = getattr(shard, what), getattr(listed, what)
+        if stated is not None and found != stated:
+            raise ShardError(
+                f"{shard.path}: {what} is {found}, but {split.manifest_path} says {stated}. "
+                "Copy the shard again, or write it again."
+            )
+
+
+def _index_content(shards: Sequence[Shard], indexed: list[IndexedShard]) -> Iterator[bytes]:
+    yield MAGIC
+    yield from (shard.records for shard in indexed)
+    yield encode_footer([shard.name for shard in shards], shards, checksums=True)
 
 
 def _name_classes(indexed: list[IndexedShard], class_names) -> tuple[str, ...]:
@@ -160,10 +189,12 @@ def _name_classes(indexed: list[IndexedShard], class_names) -> tuple[str, ...]:
     return class_names
 
 
-def _make_manifest(split: ShardSplit, indexed, label_field: str, class_names) -> Manifest:
+def _make_manifest(split: ShardSplit, indexed, label_field: str, class_names) -> Dataset:
+    if split.manifest:
+        return split.manifest
     uses_json = any(shard.label_extension == "json" for shard in indexed)
-    return Manifest(
-        dataset=Path(split.manifest_path).absolute().parent.name,
+    return Dataset(
+        name=Path(split.manifest_path).absolute().parent.name,
         split=split.name,
         shards=tuple(shard.shard for shard in indexed),
         class_names=class_names,
@@ -174,27 +205,21 @@ def _make_manifest(split: ShardSplit, indexed, label_field: str, class_names) ->
 def index_shard(task: tuple[str, str], count: Callable[[int, int], None]) -> IndexedShard:
     """Check a shard (path, label field), and write its sidecar."""
     path, label_field = task
-    samples = list(walk_tar(path))
-    index = index_samples(path, samples)
-    _write_sidecar(path, format_sidecar(samples))
-    shard = Shard(path, len(samples))
-    highest = -1
-    with closing(SampleReader((shard,), label_field=label_field)) as reader:
-        for sample in range(len(samples)):
-            label = reader.read_label(0, sample)
-            if label not in range(MAX_CLASSES):
-                key = reader.describe(0, sample)["key"]
-                raise DataError(
-                    f"{path}, key {key}: label {label}; expected a class number from 0. "
-                    "Name another field with --label-field."
-                )
-            highest = max(highest, label)
+    members = list(walk_tar(path))
+    records, highest, extension = bytearray(), -1, "cls"
+    for sample in scan_shard(path, members, label_field=label_field, images=True):
+        if sample.error is not None:
+            raise DataError(f"{sample.error} Name another field with --label-field.")
+        records += sample.record.pack()
+        highest = max(highest, sample.label)
+        extension = "json" if sample.record.flags & JSON_LABEL else "cls"
+    _write_sidecar(path, format_sidecar(members))
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     num_bytes = os.path.getsize(path)
-    count(len(samples), num_bytes)
-    shard = Shard(path, len(samples), num_bytes, sha256)
-    return IndexedShard(shard, hash_keys(samples), highest, index.label_extension)
+    count(len(members), num_bytes)
+    shard = Shard(path, len(members), num_bytes, sha256)
+    return IndexedShard(shard, hash_keys(members), highest, extension, bytes(records))
 
 
 def _write_sidecar(path: str, content: bytes) -> None:

@@ -6,8 +6,7 @@ Every image's header is read and its end looked for, at the speed of the disk; n
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,15 @@ import numpy as np
 from wds_convnext.check.labelmix import LabelMix, measure_label_mix
 from wds_convnext.check.parquetinfo import ParquetSummary, summarise_parquet
 from wds_convnext.check.sheet import draw_sheet
-from wds_convnext.check.splits import MAX_CLASSES, ShardSplit, find_shard_splits
+from wds_convnext.check.splits import ShardSplit, find_shard_splits
 from wds_convnext.conversion.conversion import is_held_out
 from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
-from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.image import ImageSurvey, inspect_image
-from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import read_samples
 
@@ -49,7 +48,7 @@ class ShardSummary:
         """The summary as text."""
         shards, sizes = self.dataset, self.dataset.sizes
         head = (
-            f"{shards.split}: {shards.num_samples:,} samples, {shards.num_classes} classes, "
+            f"{shards.split}: {len(shards):,} samples, {shards.num_classes} classes, "
             f"{len(sizes)} shard{'s' * (len(sizes) != 1)}, {self.num_bytes / 1e6:,.1f} MB"
         )
         lines = [f"samples per shard: {_range_of(sizes)}", *self._image_lines()]
@@ -97,7 +96,7 @@ class ShardSummary:
             "kind": "shards",
             "dataset": shards.name,
             "split": shards.split,
-            "num_samples": shards.num_samples,
+            "num_samples": len(shards),
             "num_bytes": self.num_bytes,
             "shards": [
                 {"path": shard.path, "num_samples": shard.num_samples, "num_bytes": shard.num_bytes}
@@ -171,7 +170,7 @@ def inspect(
                 )
             summaries.append(_summarise(dataset, surveys, labels, mix))
             if sheet is not None:
-                draw_sheet(dataset, labels, sheet)
+                draw_sheet(open_dataset(",".join(split.paths)), sheet)
     return summaries
 
 
@@ -200,14 +199,13 @@ def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, 
         raise ShardError(f"{split.manifest_path}: names no shard. Run make shards.")
     manifest, listed = split.manifest, split.listed
     field_name = manifest.label_field if manifest else "label"
-    tasks = [(listed.get(path, Shard(path, 0)), field_name) for path in split.paths]
-    num_images = sum(shard.num_samples for shard, _ in tasks)
+    tasks = [(listed.get(path, Shard(path, -1)), field_name) for path in split.paths]
+    num_images = sum(max(0, shard.num_samples) for shard, _ in tasks)
     progress = Progress(f"{split.name}: inspect", total=num_images, quiet=quiet)
     surveys = workers.run(survey_shard, tasks, progress=progress)
     shards = tuple(survey.shard for survey in surveys)
     if manifest:
-        names = manifest.class_names
-        return Dataset(manifest.dataset, split.name, shards, names, field_name), surveys
+        return replace(manifest, shards=shards), surveys
     highest = max((int(survey.labels.max(initial=-1)) for survey in surveys), default=-1)
     folder = Path(split.manifest_path).absolute().parent.name
     return Dataset(folder, split.name, shards, tuple(map(str, range(highest + 1)))), surveys
@@ -217,22 +215,20 @@ def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> 
     """Look at the header and the label of each sample of a shard (shard, label field)."""
     stated, label_field = task
     check_size(stated)
-    num_samples = len(read_samples(stated.path))
-    shard = Shard(stated.path, num_samples, os.path.getsize(stated.path))
-    labels, image_bytes = np.zeros((2, num_samples), np.int32)
+    members = read_samples(stated.path)
+    shard = Shard(stated.path, len(members), os.path.getsize(stated.path))
+    labels, image_bytes = np.zeros((2, len(members)), np.int32)
     survey = ShardSurvey(shard, labels, image_bytes)
-    with closing(SampleReader((shard,), label_field=label_field)) as reader:
-        for sample in range(num_samples):
-            data, label = reader.read(0, sample)
-            if label not in range(MAX_CLASSES):
-                key = reader.describe(0, sample)["key"]
-                raise DataError(f"{shard.path}, key {key}: label {label} is no class number.")
-            labels[sample], image_bytes[sample] = label, len(data)
-            try:
-                survey.images.add(inspect_image(data))
-            except DataError as error:
-                survey.unusable[str(error)] += 1
-            count(1, len(data))
+    samples = scan_shard(shard.path, members, label_field=label_field, images=True)
+    for number, sample in enumerate(samples):
+        if sample.error is not None:
+            raise sample.error
+        labels[number], image_bytes[number] = sample.label, len(sample.image)
+        try:
+            survey.images.add(inspect_image(sample.image))
+        except DataError as error:
+            survey.unusable[str(error)] += 1
+        count(1, len(sample.image))
     return survey
 
 

@@ -135,7 +135,8 @@ def shards_opened(
     positions = np.arange(num_steps * order.global_batch_size)
     refs, lane = order.at(positions)
     by_step_and_lane = np.lexsort((lane, positions // order.global_batch_size))
-    shards = refs.shard[by_step_and_lane].reshape(num_steps, -1)
+    shard_of = np.searchsorted(np.cumsum(order.sizes), refs.number, side="right")
+    shards = shard_of[by_step_and_lane].reshape(num_steps, -1)
     accumulate = order.global_batch_size // (batch_size * world_size)
     num_opened, is_open = 0, OrderedDict()
     for shard in shards[:, : accumulate * batch_size].ravel().tolist():

@@ -18,13 +18,11 @@ _MAX_CLASSES = 100
 _BACKGROUND, _INK, _UNUSABLE = "white", "black", "firebrick"
 
 
-def draw_sheet(dataset: Dataset, labels: np.ndarray, path: str | os.PathLike) -> None:
+def draw_sheet(dataset: Dataset, path: str | os.PathLike) -> None:
     """Write a PNG of up to 10 pictures of each of up to 100 classes, both spread evenly.
 
     A picture that does not decode is a red square.
 
-    Args:
-        labels: of every sample in stored order.
     Raises:
         UsageError: if the file cannot be written.
     """
@@ -33,17 +31,14 @@ def draw_sheet(dataset: Dataset, labels: np.ndarray, path: str | os.PathLike) ->
     sheet = Image.new("RGB", (width, max(1, len(classes)) * _CELL), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=14)
-    ends = np.cumsum(dataset.sizes)
-    with closing(SampleReader(dataset.shards, label_field=dataset.label_field)) as reader:
+    with closing(SampleReader(dataset)) as reader:
         for row, label in enumerate(classes.tolist()):
             name = _fit(dataset.class_names[label], font)
             draw.text((4, row * _CELL + _CELL // 2), name, _INK, font, anchor="lm")
-            numbers = _spread(np.flatnonzero(labels == label), _PER_CLASS)
-            shards = np.searchsorted(ends, numbers, side="right")
-            samples = numbers - (ends - dataset.sizes)[shards]
-            for column, place in enumerate(zip(shards.tolist(), samples.tolist())):
+            numbers = _spread(np.flatnonzero(dataset.labels == label), _PER_CLASS)
+            for column, number in enumerate(numbers.tolist()):
                 corner = _NAME_WIDTH + column * _CELL, row * _CELL
-                sheet.paste(_thumbnail(reader.read(*place)[0]), corner)
+                sheet.paste(_thumbnail(reader, number), corner)
     try:
         sheet.save(path, "PNG")
     except OSError as error:
@@ -62,9 +57,10 @@ def _fit(name: str, font) -> str:
     return name
 
 
-def _thumbnail(data: bytes) -> Image.Image:
+def _thumbnail(reader: SampleReader, number: int) -> Image.Image:
     try:
-        picture = Image.fromarray(np.ascontiguousarray(decode_rgb(data)))
+        image, _ = reader.read(number)
+        picture = Image.fromarray(np.ascontiguousarray(decode_rgb(image)))
     except DataError:
         return Image.new("RGB", (_CELL, _CELL), _UNUSABLE)
     return ImageOps.pad(picture, (_CELL, _CELL), color=_BACKGROUND)

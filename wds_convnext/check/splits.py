@@ -13,18 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from wds_convnext.errors import ShardError
+from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.spec import (
-    Manifest,
     Shard,
     expand_spec,
     local_path,
     manifest_path,
-    read_manifest,
     staging_path,
 )
 from wds_convnext.shards.tar import Member, walk_tar
-
-MAX_CLASSES = 1_000_000  # a label beyond it is an identifier, not a class number
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ShardSplit:
     """
 
     manifest_path: str
-    manifest: Manifest | None
+    manifest: Dataset | None
     manifest_error: ShardError | None
     paths: tuple[str, ...]
 

@@ -8,7 +8,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +16,19 @@ import numpy as np
 from wds_convnext.check.against import compare_with_input, find_inputs, splits_without_shards
 from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import (
-    MAX_CLASSES,
     ShardSplit,
     find_duplicate_keys,
     find_shard_splits,
     hash_keys,
 )
 from wds_convnext.conversion.parquet import ParquetSplit
-from wds_convnext.errors import DataError, ShardError, WdsConvnextError
+from wds_convnext.errors import DataError, ShardError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.decode import decode_rgb
-from wds_convnext.shards.reader import SampleReader
-from wds_convnext.shards.spec import Shard, check_sha256, check_size
+from wds_convnext.shards.index import HAS_CHECKSUM, Record, open_index
+from wds_convnext.shards.scan import MAX_CLASSES, ScannedSample, scan_shard
+from wds_convnext.shards.spec import Shard, check_sha256, check_size, index_path
 from wds_convnext.shards.tar import Member, format_sidecar, sidecar_path, walk_tar
 
 
@@ -125,7 +124,7 @@ def _verify_split(
 ) -> SplitVerdict:
     problems, notes = _compare_listing(split)
     tasks = [_task(split, path, deep) for path in _checkable(split)]
-    num_images = sum(task.shard.num_samples for task in tasks)
+    num_images = sum(max(0, task.shard.num_samples) for task in tasks)
     progress = Progress(f"{split.name}: verify", total=num_images, quiet=quiet)
     findings = workers.run(check_shard, tasks, progress=progress)
     problems += [problem for finding in findings for problem in finding.problems]
@@ -186,6 +185,7 @@ class CheckShard:
     num_classes: int
     label_field: str
     deep: bool
+    index_path: str
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,11 @@ class ShardFindings:
 
 
 def _task(split: ShardSplit, path: str, deep: bool) -> CheckShard:
-    manifest = split.manifest
+    manifest, index = split.manifest, index_path(split.manifest_path)
     if manifest is None:
-        return CheckShard(Shard(path, 0), False, MAX_CLASSES, "label", deep)
+        return CheckShard(Shard(path, -1), False, MAX_CLASSES, "label", deep, index)
     return CheckShard(
-        split.listed[path], True, len(manifest.class_names), manifest.label_field, deep
+        split.listed[path], True, manifest.num_classes, manifest.label_field, deep, index
     )
 
 
@@ -229,7 +229,7 @@ def check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFin
         stated = task.shard.num_samples
         problems.append(Problem(path, f"{len(samples)} samples, but its manifest says {stated}"))
     problems += _compare_sidecar(path, samples)
-    problems += shorten(list(_check_samples(task, len(samples), count)))
+    problems += shorten(list(_check_samples(task, samples, count)))
     return ShardFindings(num_bytes, len(samples), hash_keys(samples), tuple(problems))
 
 
@@ -246,35 +246,59 @@ def _compare_sidecar(path: str, samples: list[list[Member]]) -> list[Problem]:
     return [Problem(sidecar, what)]
 
 
-def _check_samples(task: CheckShard, num_samples: int, count: Callable) -> Iterator[Problem]:
-    """Read every sample as training does; its image only to decode it."""
+def _check_samples(
+    task: CheckShard, samples: list[list[Member]], count: Callable
+) -> Iterator[Problem]:
+    """Read every sample, compare it with its record in the index, and decode it if asked for."""
     path = task.shard.path
-    with closing(SampleReader((Shard(path, num_samples),), label_field=task.label_field)) as reader:
-        for sample in range(num_samples):
-            data = b""
-            try:
-                if task.deep:
-                    data, label = reader.read(0, sample)
-                else:
-                    label = reader.read_label(0, sample)
-                if label not in range(task.num_classes):
-                    raise DataError(f"label {label} is outside the {task.num_classes:,} classes")
-                if task.deep:
-                    decode_rgb(data)
-            except ShardError as error:  # of the index: the next samples would say the same
-                yield Problem.of(path, error)
-                return
-            except DataError as error:
-                yield _name_sample(reader, sample, error)
+    records = _indexed_records(task)
+    if isinstance(records, Problem):
+        yield records
+        records = None
+    try:
+        scanned = scan_shard(
+            path,
+            samples,
+            label_field=task.label_field,
+            num_classes=task.num_classes,
+            images=task.deep or records is not None,
+        )
+        for number, sample in enumerate(scanned):
+            if sample.error is not None:
+                yield Problem.of(path, sample.error)
+            elif task.deep:
+                try:
+                    decode_rgb(sample.image)
+                except DataError as error:
+                    yield Problem(path, f"key {sample.key}: {error}")
+            if records is not None and not _fits(sample, Record(*records[number].tolist())):
+                what = f"its record of {path}, key {sample.key}, is not what the tar holds"
+                yield Problem(task.index_path, f"{what}. Run wds-convnext index")
             count(1, 0)
+    except ShardError as error:  # the next samples would say the same
+        yield Problem.of(path, error)
 
 
-def _name_sample(reader: SampleReader, sample: int, error: WdsConvnextError) -> Problem:
-    where = reader.describe(0, sample)
-    problem = Problem.of(where["shard"], error)
-    if problem.what.startswith("key "):
-        return problem
-    return problem._replace(what=f"key {where['key']}: {problem.what}")
+def _indexed_records(task: CheckShard) -> np.ndarray | Problem | None:
+    """What the index holds of a shard; None without an index."""
+    if not (task.is_listed and os.path.exists(task.index_path)):
+        return None
+    file = open_index(task.index_path)
+    if file is None:
+        return Problem(task.index_path, "not a whole index. Delete it, it is made again")
+    place = file.find(task.shard)
+    if place is None:
+        what = f"made from another {task.shard.path}. Delete it, it is made again"
+        return Problem(task.index_path, what)
+    return file.records(*place)
+
+
+def _fits(sample: ScannedSample, record: Record) -> bool:
+    """Whether a record says what was found in the tar."""
+    found = sample.record
+    if found.label != record.label or (found.places != record.places):
+        return False
+    return not record.flags & HAS_CHECKSUM or found.checksum == record.checksum
 
 
 def _repeated_keys(paths: list[str], findings: list[ShardFindings]) -> list[Problem]:

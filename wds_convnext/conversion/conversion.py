@@ -9,6 +9,7 @@ number of processes or on interruptions. See `staging` for what is on the disk m
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +33,11 @@ from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.rng import derive_key
+from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.image import ImageSurvey
-from wds_convnext.shards.spec import Manifest, Shard, read_manifest
+from wds_convnext.shards.index import MAGIC, encode_footer
+from wds_convnext.shards.indexing import write_pieces
+from wds_convnext.shards.spec import Shard
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
 _UNIT_BYTES = 256 << 20  # images in a spill file
@@ -122,6 +126,7 @@ class Conversion:
     def run(self) -> SplitReport:
         """Write the shards, beginning where an earlier run has stopped."""
         files = [name + extension for name in self.names for extension in (".tar", ".idx")]
+        files.append(self.staging.index_name)
         self.staging.begin(self.identity, files)
         try:
             with Workers(self.jobs, on_start=self.staging.worker_lock()) as self.workers:
@@ -223,8 +228,8 @@ class Conversion:
     def _rows(self, start: int, stop: int, excluded: frozenset = frozenset()) -> Rows:
         return Rows(self.split, self.class_names, start, stop, self.options.decode, excluded)
 
-    def _shard_paths(self, name: str) -> tuple[str, str]:
-        return self.staging.staged(f"{name}.tar"), self.staging.staged(f"{name}.idx")
+    def _shard_paths(self, name: str) -> tuple[str, str, str]:
+        return tuple(self.staging.staged(name + kind) for kind in (".tar", ".idx", ".records"))
 
     def _run(self, title: str, tasks: list) -> list[dict]:
         progress = Progress(
@@ -260,8 +265,9 @@ class Conversion:
             )
 
     def _publish(self, shards: tuple[Shard, ...], files: list[str]) -> None:
-        manifest = Manifest(
-            dataset=dataset_name(self.split),
+        write_pieces(self.staging.staged(self.staging.index_name), self._index(shards))
+        manifest = Dataset(
+            name=dataset_name(self.split),
             split=self.split.name,
             shards=shards,
             class_names=self.class_names,
@@ -270,6 +276,13 @@ class Conversion:
         )
         extra = [self.staging.bad_rows_name] if self.bad else []
         self.staging.publish(manifest, files + extra)
+
+    def _index(self, shards: tuple[Shard, ...]) -> Iterator[bytes]:
+        """The content of the split's index file: the records that each shard left."""
+        yield MAGIC
+        for name in self.names:
+            yield Path(self.staging.staged(f"{name}.records")).read_bytes()
+        yield encode_footer([shard.name for shard in shards], shards, checksums=True)
 
 
 def is_held_out(split: str) -> bool:

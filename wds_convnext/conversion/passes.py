@@ -3,8 +3,10 @@
 A task writes one file at `path` and returns its record; the same task writes the same bytes.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -79,10 +81,11 @@ class CopyRows:
     rows: Rows
     path: str
     sidecar_path: str
+    records_path: str
 
     def run(self, count: Count) -> dict:
         findings = Findings()
-        with ShardWriter(self.path, sidecar_path=self.sidecar_path) as writer:
+        with _writer(self) as writer:
             for row, image, label, extension in usable_rows(self.rows, findings, count):
                 writer.write(f"{row:09d}", image, extension=extension, label=label)
         return writer.record() | findings.record()
@@ -150,18 +153,26 @@ class CollectShard:
     shard: int
     path: str
     sidecar_path: str
+    records_path: str
 
     def run(self, count: Count) -> dict:
-        with ShardWriter(self.path, sidecar_path=self.sidecar_path) as writer:
+        with _writer(self) as writer:
             for image, entry in read_spilled(self.spills, self.shard):
                 extension = entry["extension"].decode()
                 writer.write(
-                    f"{entry['row']:09d}", image, extension=extension, label=entry["label"]
+                    f"{entry['row']:09d}", image, extension=extension, label=int(entry["label"])
                 )
                 count(1, len(image))
         return writer.record()
 
 
+def _writer(task: CopyRows | CollectShard) -> ShardWriter:
+    return ShardWriter(task.path, sidecar_path=task.sidecar_path, records_path=task.records_path)
+
+
 def run_task(task, count: Count) -> dict:
     """The record of a task: as it was left by an earlier run, else the task is run."""
+    if not os.path.exists(getattr(task, "records_path", f"{task.path}.done")):
+        # Version 0.1.0 left shards without index records; the same task writes the same bytes.
+        Path(f"{task.path}.done").unlink(missing_ok=True)
     return recorded(f"{task.path}.done", lambda: task.run(count))

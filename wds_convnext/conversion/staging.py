@@ -15,7 +15,8 @@ from pathlib import Path
 
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.files import sync_folder, write_atomically
-from wds_convnext.shards.spec import Manifest, read_manifest, staging_path
+from wds_convnext.shards.dataset import Dataset, read_manifest
+from wds_convnext.shards.spec import index_path, staging_path
 
 _LOCK_WAIT_S = 5.0  # the workers of a killed conversion end within this time
 _SUFFIXES = (".part", ".npy", ".done", ".tmp")  # of the files in a staging folder
@@ -30,6 +31,7 @@ class Staging:
         self.manifest_path = self.out / f"{split}.json"
         self.folder = Path(staging_path(self.manifest_path))
         self.bad_rows_name = f"{split}.bad.jsonl"
+        self.index_name = os.path.basename(index_path(self.manifest_path))
         self._lock: int | None = None
 
     def is_complete(self, options: dict, *, overwrite: bool) -> bool:
@@ -117,7 +119,7 @@ class Staging:
         """Where a file stands before it moves to OUT."""
         return str(self.folder / f"{name}.part")
 
-    def publish(self, manifest: Manifest, files: list[str]) -> None:
+    def publish(self, manifest: Dataset, files: list[str]) -> None:
         """Move complete files to OUT, in place of an earlier conversion's; the manifest last."""
         marker = self.folder / "publishing"
         replaces = set(_read_json(self.folder / "plan.json")["replaces"])
@@ -132,7 +134,7 @@ class Staging:
             if os.path.exists(self.staged(name)):
                 os.replace(self.staged(name), self.out / name)
         sync_folder(self.manifest_path)
-        manifest.write(self.manifest_path)
+        manifest.write_manifest(self.manifest_path)
         self.remove()
 
     def remove(self) -> None:
@@ -160,7 +162,7 @@ class Staging:
                 for shard in manifest.shards:
                     if _has_size(shard.path, shard.num_bytes) or not os.path.exists(shard.path):
                         own |= {shard.name, shard.name.removesuffix(".tar") + ".idx"}
-                own |= {self.manifest_path.name, self.bad_rows_name}
+                own |= {self.manifest_path.name, self.bad_rows_name, self.index_name}
         return own
 
     def _refuse_foreign(self, files: list[str], own: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Writing one shard: a tar file, its sidecar and its checksum, in one pass and flat memory.
+"""Writing one shard: tar, sidecar, index records and checksums, in one pass and flat memory.
 
 The bytes are those that the standard library's `tarfile` writes for the same members (USTAR,
 owner 0, mode 0644, mtime 0), so equal samples in equal order give equal files anywhere. A header
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from wds_convnext.files import write_atomically
+from wds_convnext.shards.index import HAS_CHECKSUM, Record, checksum
 from wds_convnext.shards.tar import BLOCK, Member, format_sidecar_line, sidecar_head
 
 _FLUSH_BYTES = 1 << 20  # hashed and written while it is in the cache
@@ -40,20 +41,25 @@ _BASE_CHECKSUM = sum(_TEMPLATE[:148]) + _BLANK_CHECKSUM + sum(_TEMPLATE[156:])
 
 
 class ShardWriter(AbstractContextManager):
-    """Writes samples to a tar file. Leaving the context ends it and writes its sidecar.
+    """Writes samples to a tar file. Leaving the context ends it and writes sidecar and records.
 
     After an exception the file has no end mark and no sidecar, so it does not read as a shard.
+
+    Args:
+        records_path: where the shard's part of the split's index goes, see `shards.index`.
     """
 
-    def __init__(self, path: str, *, sidecar_path: str):
+    def __init__(self, path: str, *, sidecar_path: str, records_path: str):
         self.path = path
         self.sidecar_path = sidecar_path
+        self.records_path = records_path
         self.num_samples = 0
         self.num_bytes = 0
         self._sha256 = hashlib.sha256()
         self._pending: list[bytes | memoryview] = []
         self._pending_bytes = 0
         self._sidecar = bytearray()
+        self._records = bytearray()
         # A third of the time is SHA-256, which leaves the interpreter free: beside the reading.
         self._hasher = ThreadPoolExecutor(1)
         self._hashed = self._hasher.submit(bool)
@@ -61,11 +67,22 @@ class ShardWriter(AbstractContextManager):
 
     def write(self, key: str, image, *, extension: str, label: int) -> None:
         """Append one sample: `<key>.<extension>` and `<key>.cls`."""
-        members = (
-            self._append(f"{key}.{extension}", image),
-            self._append(f"{key}.cls", b"%d" % label),
+        image_member = self._append(f"{key}.{extension}", image)
+        label_member = self._append(f"{key}.cls", b"%d" % label)
+        self._sidecar += format_sidecar_line((image_member, label_member))
+        start = image_member.start
+        record = Record(
+            start=start,
+            checksum=checksum(image, label, self.num_samples),
+            num_bytes=label_member.end - start,
+            image_offset=image_member.offset - start,
+            image_bytes=image_member.num_bytes,
+            label_offset=label_member.offset - start,
+            label_bytes=label_member.num_bytes,
+            label=label,
+            flags=HAS_CHECKSUM,
         )
-        self._sidecar += format_sidecar_line(members)
+        self._records += record.pack()
         self.num_samples += 1
         if self._pending_bytes >= _FLUSH_BYTES:
             self._flush()
@@ -109,3 +126,4 @@ class ShardWriter(AbstractContextManager):
             os.fsync(self._file.fileno())
         sidecar = sidecar_head(self.num_samples) + self._sidecar
         write_atomically(self.sidecar_path, sidecar)
+        write_atomically(self.records_path, self._records)

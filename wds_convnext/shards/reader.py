@@ -1,114 +1,160 @@
-"""`(shard, sample) -> bytes and label`, with one `pread`; and the shards that a spec names.
+"""Reading samples by number: encoded image and label, with one `pread`, compared with the index.
 
 A member's tar header stands right before its data. It is read along and compared with the index
-every time, so an offset that no longer fits is an error, never another image. A `pread` per
-sample costs about 17 us; iterating over a tar costs 107-141 us.
+every time, so an offset that no longer fits is an error, never another image. What was read is
+compared with the sample's checksum, so neither is a flipped bit, a swapped label or the index of
+other shards. A `pread` per sample costs about 17 us; iterating over a tar costs 107-141 us.
 """
 
 import json
 import os
 from collections import OrderedDict
 from contextlib import suppress
-from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.spec import Shard, check_size
+from wds_convnext.shards.index import HAS_CHECKSUM, JSON_LABEL, Record, checksum
+from wds_convnext.shards.spec import Shard, refuse_size
 from wds_convnext.shards.tar import (
     BLOCK,
     Member,
-    TarIndex,
-    index_samples,
-    read_samples,
+    announced_bytes,
+    read_members,
 )
 
+if TYPE_CHECKING:
+    from wds_convnext.shards.dataset import Dataset
+
+_MUCH = 1 << 26  # bytes; more are only read where the file has them
 _MAX_GAP = 8192  # bytes; an image and a label that are nearer than this are read together
 
 
 class SampleReader:
-    """Reads samples of a set of shards by number; keeps few files open and few indexes loaded.
+    """Reads the samples of a data set by number; keeps at most `max_open` shards open."""
 
-    Indexes are loaded when first needed. `max_indexed` bounds the samples whose offsets are held
-    (24 MB per million), so memory does not follow the size of the data set.
-    """
-
-    def __init__(
-        self,
-        shards: tuple[Shard, ...],
-        *,
-        label_field: str = "label",
-        max_open: int = 256,
-        max_indexed: int = 1_000_000,
-    ):
-        self.shards = shards
-        self.label_field = label_field
+    def __init__(self, dataset: "Dataset", *, max_open: int = 256):
+        self.dataset = dataset
         self.max_open = max_open
-        self.max_indexed = max_indexed
         self.num_opened = 0
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
-        self._members_of = lru_cache(maxsize=64)(_read_members)
 
-    def read(self, shard: int, sample: int) -> tuple[bytes, int]:
+    def read(self, number: int) -> tuple[bytes, int]:
         """The encoded image and the label of one sample.
 
         Raises:
             ShardError: if the shard does not hold what its index says.
-            DataError: if the label is not an integer.
+            DataError: if the label is not an integer, or image, label or place are not those that
+                were indexed.
         """
-        image, label = self._members(shard, sample)
-        start = min(image[0], label[0]) - BLOCK
-        end = max(sum(image), sum(label))
+        shard, sample = self.dataset.locate(number)
+        record = self.dataset.index.record(shard, sample)
+        image, label = record.places
+        start, end = min(image[0], label[0]) - BLOCK, max(sum(image), sum(label))
         if end - start <= image[1] + label[1] + _MAX_GAP:
             span = self._pread(shard, end - start, start)
             image_data = self._member(shard, image, span, start)
             label_data = self._member(shard, label, span, start)
         else:
-            image_data, label_data = (
-                self._read_member(shard, image),
-                self._read_member(shard, label),
-            )
-        return image_data, self._parse_label(label_data, shard, sample)
+            image_data = self._read_member(shard, image)
+            label_data = self._read_member(shard, label)
+        return image_data, self._checked_label(number, record, image_data, label_data)
 
-    def will_read(self, shard: int, sample: int) -> None:
-        """Have the system fetch a sample's image, without waiting; what fails, fails in `read`.
+    def will_read(self, number: int) -> None:
+        """Ask the OS to prefetch a sample's image. Errors are ignored here; `read` raises them.
 
         Cold, on a virtual disk, a sample then costs 0.14 ms instead of 0.34; cached, 0.005 more.
         """
         if hasattr(os, "posix_fadvise"):  # not on macOS
             with suppress(ShardError, OSError):
-                (offset, num_bytes), _ = self._members(shard, sample)
+                shard, sample = self.dataset.locate(number)
+                (offset, num_bytes), _ = self.dataset.index.record(shard, sample).places
                 file = self._file(shard)
                 os.posix_fadvise(file, offset - BLOCK, BLOCK + num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def read_label(self, shard: int, sample: int) -> int:
-        """The label of one sample, without reading its image. Raises as `read` does."""
-        _, label = self._members(shard, sample)
-        return self._parse_label(self._read_member(shard, label), shard, sample)
+    def read_raw(self, number: int) -> dict:
+        """A sample as webdataset's dict: `__key__`, `__url__`, and bytes per extension.
 
-    def read_raw(self, shard: int, sample: int) -> dict:
-        """A sample as webdataset's dict: `__key__`, `__url__`, and bytes per extension."""
-        path = self.shards[shard].path
-        members = self._members_of(self.shards[shard])[sample]
-        data = {m.extension: self._read_member(shard, (m.offset, m.num_bytes)) for m in members}
-        return {"__key__": members[0].key, "__url__": path, **data}
+        Raises as `read` does.
+        """
+        shard, sample = self.dataset.locate(number)
+        record = self.dataset.index.record(shard, sample)
+        span = self._pread(shard, record.num_bytes, record.start)
+        image, label = (self._member(shard, m, span, record.start) for m in record.places)
+        self._checked_label(number, record, image, label)
+        members = self._members(shard, record, span)
+        at = record.start
+        data = {m.extension: span[m.offset - at : m.offset - at + m.num_bytes] for m in members}
+        return {"__key__": members[0].key, "__url__": self.dataset.shards[shard].path, **data}
 
-    def describe(self, shard: int, sample: int) -> dict:
+    def describe(self, number: int) -> dict:
         """Shard, key and byte offset of a sample's image, for messages and reports."""
-        key = self._members_of(self.shards[shard])[sample][0].key
-        offset = int(self._index(shard).image_offset[sample])
-        return {"shard": self.shards[shard].path, "key": key, "offset": offset}
+        shard, sample = self.dataset.locate(number)
+        record = self.dataset.index.record(shard, sample)
+        try:
+            key = self._members(shard, record)[0].key
+        except ShardError:
+            key = f"unreadable (sample {sample})"
+        offset = record.start + record.image_offset
+        return {"shard": self.dataset.shards[shard].path, "key": key, "offset": offset}
+
+    def key(self, number: int) -> str:
+        """The key of one sample, from its tar header.
+
+        Raises:
+            ShardError: if the shard does not hold what its index says.
+        """
+        shard, sample = self.dataset.locate(number)
+        return self._members(shard, self.dataset.index.record(shard, sample))[0].key
 
     def close(self) -> None:
         """Close the shards; reading again opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _members(self, shard: int, sample: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(offset, bytes) of a sample's image, and of its label."""
-        index = self._index(shard)
-        image = int(index.image_offset[sample]), int(index.image_bytes[sample])
-        label = int(index.label_offset[sample]), int(index.label_bytes[sample])
-        return image, label
+    def _members(self, shard: int, record: Record, span: bytes | None = None) -> list[Member]:
+        """The members of a sample, from their headers."""
+        if span is None:
+            span = self._pread(shard, record.num_bytes, record.start)
+        path = self.dataset.shards[shard].path
+        try:
+            members = read_members(span, record.start)
+        except ShardError as error:
+            raise ShardError(f"{path}: {error}. Copy the shard again, or write it again.") from None
+        if not members:
+            raise ShardError(
+                f"{path}: no sample at byte {record.start:,}, where its index says so. "
+                "Copy the shard again, or write it again."
+            )
+        return members
+
+    def _checked_label(self, number: int, record: Record, image: bytes, label_data: bytes) -> int:
+        """The label, when it and the image are what the index was made from."""
+        try:
+            label = parse_label(label_data, record.flags, self.dataset.label_field)
+        except DataError as error:
+            raise DataError(f"{self._name(number)}: {error}") from None
+        if label != record.label and record.label >= 0:
+            raise DataError(
+                f"{self._name(number)}: label {label}, but its index says {record.label}. "
+                "Copy the shards and their .index again, or write them again."
+            )
+        num_classes = self.dataset.num_classes
+        if not 0 <= label < num_classes:
+            raise ShardError(
+                f"{self._name(number)}: label {label} is outside the {num_classes:,} classes. "
+                "Run make shards again."
+            )
+        _, sample = self.dataset.locate(number)
+        if record.flags & HAS_CHECKSUM and checksum(image, label, sample) != record.checksum:
+            raise DataError(
+                f"{self._name(number)}: image or label are not those that were indexed (checksum). "
+                "Copy the shard again, or write it again."
+            )
+        return label
+
+    def _name(self, number: int) -> str:
+        where = self.describe(number)
+        return f"{where['shard']}, key {where['key']}"
 
     def _read_member(self, shard: int, member: tuple[int, int]) -> bytes:
         start = member[0] - BLOCK
@@ -116,95 +162,98 @@ class SampleReader:
         return self._member(shard, member, span, start)
 
     def _pread(self, shard: int, num_bytes: int, start: int) -> bytes:
-        try:
-            return os.pread(self._file(shard), num_bytes, start)
-        except OSError as error:
-            raise ShardError(
-                f"{self.shards[shard].path}: byte {start:,} cannot be read ({error.strerror}). "
-                "Look at the disk or network that holds it."
-            ) from None
+        path = self.dataset.shards[shard].path
+        return read_whole(self._file(shard), num_bytes, start, path=path)
 
     def _member(self, shard: int, member: tuple[int, int], span: bytes, start: int) -> bytes:
         """The data of a member (offset, bytes) within `span`, the shard's bytes from `start`."""
-        offset, num_bytes = member
-        data = span[offset - start : offset - start + num_bytes]
-        header = span[offset - start - BLOCK : offset - start]
-        if len(data) != num_bytes or not _announces(header, num_bytes):
-            raise ShardError(
-                f"{self.shards[shard].path}: no member of {num_bytes} bytes at byte {offset:,}, "
-                "where its index says so. The shard or its .idx is damaged: "
-                "copy them again, or write them again."
-            )
-        return data
-
-    def _parse_label(self, data: bytes, shard: int, sample: int) -> int:
-        try:
-            if self._index(shard).label_extension == "cls":
-                return int(data)
-            label = json.loads(data)[self.label_field]
-            if isinstance(label, float) and not label.is_integer():
-                raise ValueError(label)
-            return int(label)
-        except (ValueError, KeyError, TypeError):
-            where = self.describe(shard, sample)
-            raise DataError(
-                f"{where['shard']}, key {where['key']}: the label {data[:40]!r} is not an integer. "
-                "Labels are class numbers, in .cls or in the field "
-                f"{self.label_field!r} of .json."
-            ) from None
+        return cut_member(span, start, member, path=self.dataset.shards[shard].path)
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
             if len(self._files) >= self.max_open:
                 os.close(self._files.popitem(last=False)[1])
-            try:
-                self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise ShardError(f"{self.shards[shard].path}: {error.strerror}.") from None
+            self._files[shard] = open_shard(self.dataset.shards[shard])
             self.num_opened += 1
         self._files.move_to_end(shard)
         return self._files[shard]
 
-    def _index(self, shard: int) -> TarIndex:
-        if shard not in self._indexes:
-            index = load_index(self.shards[shard])
-            room = self.max_indexed - len(index)
-            while self._indexes and sum(map(len, self._indexes.values())) > room:
-                self._indexes.popitem(last=False)
-            self._indexes[shard] = index
-        self._indexes.move_to_end(shard)
-        return self._indexes[shard]
 
-
-def _announces(header: bytes, num_bytes: int) -> bool:
-    """Whether this is the tar header of a member of so many bytes (octal, or base 256)."""
-    field = header[124:136]
-    try:
-        if field[:1] == b"\x80":
-            announced = int.from_bytes(field[1:], "big")
-        else:
-            announced = int(field.rstrip(b"\0 "), 8)
-    except ValueError:
-        return False
-    return header[257:262] == b"ustar" and announced == num_bytes
-
-
-def load_index(shard: Shard) -> TarIndex:
-    """The index of one shard, checked against what is known of it.
+def open_shard(shard: Shard) -> int:
+    """A descriptor of a shard's file, whose size is as stated.
 
     Raises:
-        ShardError: if the shard is missing, or its size or number of samples is another.
+        ShardError: if the shard is missing or has another size.
     """
-    return index_samples(shard.path, _read_members(shard))
+    try:
+        file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ShardError(f"{shard.path}: {error.strerror}. Run make shards.") from None
+    try:
+        refuse_size(shard, os.fstat(file).st_size)
+    except ShardError:
+        os.close(file)
+        raise
+    return file
 
 
-def _read_members(shard: Shard) -> list[list[Member]]:
-    """The members of each sample of one shard; checked, and raises, as `load_index` does."""
-    check_size(shard)
-    samples = read_samples(shard.path)
-    if len(samples) != shard.num_samples:
+def read_whole(file: int, num_bytes: int, start: int, *, path: str) -> bytes:
+    """So many bytes of a file, from a start on; fewer only where the file ends.
+
+    Raises:
+        ShardError: if they cannot be read.
+    """
+    try:
+        if num_bytes > _MUCH:  # a damaged index must not decide how much memory is taken
+            num_bytes = max(0, min(num_bytes, os.fstat(file).st_size - start))
+        data = os.pread(file, num_bytes, start)
+        while len(data) < num_bytes:  # a bad sector, or 2 GiB, end a read early
+            more = os.pread(file, num_bytes - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", "no such byte")
         raise ShardError(
-            f"{shard.path}: its index has {len(samples)} samples, expected {shard.num_samples}. "
-            "Delete the .idx beside it, or run make shards."
+            f"{path}: byte {start:,} cannot be read ({reason}). "
+            "Look at the disk or network that holds it."
+        ) from None
+    return data
+
+
+def cut_member(span: bytes, start: int, member: tuple[int, int], *, path: str) -> bytes:
+    """The data of a member (offset, bytes) within `span`, the bytes of a tar from `start` on.
+
+    Raises:
+        ShardError: if there is no header of a member of that size right before the data.
+    """
+    offset, num_bytes = member
+    data = span[offset - start : offset - start + num_bytes]
+    header = span[offset - start - BLOCK : offset - start]
+    if len(data) != num_bytes or announced_bytes(header) != num_bytes:
+        raise ShardError(
+            f"{path}: no member of {num_bytes} bytes at byte {offset:,}, "
+            "where its index says so. The shard, its .idx or its .index is damaged: "
+            "copy them again, or write them again."
         )
-    return samples
+    return data
+
+
+def parse_label(data: bytes, flags: int, label_field: str) -> int:
+    """The class number that a label member states.
+
+    Raises:
+        DataError: if it is not an integer.
+    """
+    try:
+        if not flags & JSON_LABEL:
+            return int(data)
+        label = json.loads(data)[label_field]
+        if isinstance(label, float) and not label.is_integer():
+            raise ValueError(label)
+        return int(label)
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        raise DataError(
+            f"the label {data[:40]!r} is not an integer. Labels are class numbers, in .cls or in "
+            f"the field {label_field!r} of .json."
+        ) from None

@@ -5,13 +5,12 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import braceexpand
 
 from wds_convnext.errors import ShardError, did_you_mean
-from wds_convnext.files import write_atomically
 
 MANIFEST_FORMAT = "wds_convnext 1"
 
@@ -30,57 +29,18 @@ class Shard:
         return os.path.basename(self.path)
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What `{split}.json` holds; `shards` paths are made absolute or relative to the caller."""
-
-    dataset: str
-    split: str
-    shards: tuple[Shard, ...]
-    class_names: tuple[str, ...]
-    source: tuple[str, ...] = ()
-    options: dict = field(default_factory=dict)
-
-    @property
-    def label_field(self) -> str:
-        """Where labels in .json members stand; `wds-convnext index` notes it."""
-        return self.options.get("label_field", "label")
-
-    def write(self, path: str | os.PathLike) -> None:
-        """Write the manifest beside its shards, atomically."""
-        shardlist = [
-            {
-                "url": shard.name,
-                "nsamples": shard.num_samples,
-                "filesize": shard.num_bytes,
-                "sha256": shard.sha256,
-            }
-            for shard in self.shards
-        ]
-        content = {
-            "wids_version": 1,
-            "format": MANIFEST_FORMAT,
-            "name": self.dataset,
-            "split": self.split,
-            "class_names": list(self.class_names),
-            "source": list(self.source),
-            "options": self.options,
-            "shardlist": shardlist,
-        }
-        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def read_manifest(path: str | os.PathLike) -> Manifest:
-    """Read a manifest; its shards' paths are joined to its folder.
+def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:
+    """The content of a manifest, and its shards, their paths joined to its folder.
 
     Raises:
         ShardError: if it is missing, not a manifest, or written by a newer version.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        folder = os.path.dirname(path)
         shards = tuple(
             Shard(
-                os.path.join(os.path.dirname(path), entry["url"]),
+                os.path.join(folder, entry["url"]),
                 int(entry["nsamples"]),
                 entry.get("filesize"),
                 entry.get("sha256"),
@@ -90,14 +50,8 @@ def read_manifest(path: str | os.PathLike) -> Manifest:
         written_as = content.get("format", MANIFEST_FORMAT)
         if written_as != MANIFEST_FORMAT:
             raise ValueError(f"format {written_as!r}, expected {MANIFEST_FORMAT!r}")
-        return Manifest(
-            dataset=content.get("name", ""),
-            split=content.get("split", Path(path).stem),
-            shards=shards,
-            class_names=tuple(content["class_names"]),
-            source=tuple(content.get("source", ())),
-            options=content.get("options", {}),
-        )
+        content["class_names"] = tuple(content["class_names"])
+        return content, shards
     except FileNotFoundError:
         raise ShardError(f"{path}: no such manifest. Run make shards.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -111,6 +65,11 @@ def manifest_path(shard_path: str | os.PathLike) -> str:
     """Where the manifest of a shard stands: `data/train-000.tar` -> `data/train.json`."""
     folder, name = os.path.split(shard_path)
     return os.path.join(folder, split_of(name) + ".json")
+
+
+def index_path(manifest_path: str | os.PathLike) -> str:
+    """Where the index of a manifest's samples stands: `data/train.json` -> `data/train.index`."""
+    return str(manifest_path).removesuffix(".json") + ".index"
 
 
 def staging_path(manifest_path: str | os.PathLike) -> str:
@@ -161,7 +120,7 @@ def _split_commas(spec: str) -> list[str]:
 def _expand_part(part: str, allow_missing: bool) -> list[str]:
     braces = re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
     if braces.endswith(".json"):
-        return [shard.path for shard in read_manifest(braces).shards]
+        return [shard.path for shard in load_manifest(braces)[1]]
     if os.path.isdir(braces):
         found = sorted(str(path) for path in Path(braces).glob("*.tar"))
         splits = sorted({split_of(path) for path in found})
@@ -231,6 +190,11 @@ def check_size(shard: Shard) -> None:
         num_bytes = os.path.getsize(shard.path)
     except OSError as error:
         raise ShardError(f"{shard.path}: {error.strerror}. Run make shards.") from None
+    refuse_size(shard, num_bytes)
+
+
+def refuse_size(shard: Shard, num_bytes: int) -> None:
+    """Raise ShardError if a shard that is `num_bytes` long is said to have another size."""
     if shard.num_bytes not in (None, num_bytes):
         raise ShardError(
             f"{shard.path}: {num_bytes:,} bytes, but its manifest says {shard.num_bytes:,}. "

@@ -5,14 +5,13 @@ each sample `ext offset size name` per member. Where none is found, one walk ove
 headers takes its place.
 """
 
+import io
 import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import numpy as np
 
 from wds_convnext.errors import ShardError
 
@@ -21,16 +20,30 @@ LABEL_EXTENSIONS = ("cls", "json")
 _SIDECAR_VERSION = "v1.2"
 # As in webdataset: key, dot, extension. Hidden files and `__meta__` entries are no members.
 _NAME_OF_SAMPLE = re.compile(r"(?!__[^/]*__($|/))(.*/)?[^./]+\.[^/]+$", re.DOTALL)
+_MAX_EXTENSION = 1 << 16  # bytes of extension headers before a member, where a sidecar is believed
 BLOCK = 512  # bytes; a member is a header of one block, then its data padded to whole blocks
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: where its data starts and how many bytes it has."""
+    """A file in a tar: where its data starts and how many bytes it has.
+
+    `start` is where its header starts, or the extension header before it that holds a long name.
+    """
 
     name: str
     offset: int
     num_bytes: int
+    start: int = field(default=-1, compare=False)
+
+    def __post_init__(self):
+        if self.start < 0:
+            object.__setattr__(self, "start", self.offset - BLOCK)
+
+    @property
+    def end(self) -> int:
+        """Where its last block ends."""
+        return _end_of(self.offset, self.num_bytes)
 
     @property
     def key(self) -> str:
@@ -41,24 +54,6 @@ class Member:
     @property
     def extension(self) -> str:
         return os.path.basename(self.name).partition(".")[2].lower()
-
-
-@dataclass(frozen=True)
-class TarIndex:
-    """Offsets and sizes of the samples of one shard; numpy arrays, 24 bytes per sample."""
-
-    image_offset: np.ndarray  # int64 (N,)
-    image_bytes: np.ndarray  # int32 (N,)
-    label_offset: np.ndarray  # int64 (N,)
-    label_bytes: np.ndarray  # int32 (N,)
-    label_extension: str
-
-    def __len__(self) -> int:
-        return len(self.image_offset)
-
-    def __post_init__(self):
-        for array in (self.image_offset, self.image_bytes, self.label_offset, self.label_bytes):
-            array.flags.writeable = False
 
 
 def walk_tar(path: str) -> Iterator[list[Member]]:
@@ -99,7 +94,7 @@ def _members(path: str) -> Iterator[Member]:
                 if end > size:
                     break
                 if info.isfile() and _NAME_OF_SAMPLE.match(info.name):
-                    yield Member(info.name, info.offset_data, info.size)
+                    yield Member(info.name, info.offset_data, info.size, info.offset)
     except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{path}: not a readable tar file ({error}).") from None
     # tarfile takes a damaged header, like the end of the file, for the end of the archive.
@@ -181,40 +176,6 @@ def _parse_sidecar_line(fields: list[str]) -> list[Member]:
     ]
 
 
-def index_samples(path: str, samples: list[list[Member]]) -> TarIndex:
-    """The index of a shard's images and labels, from the members of each of its samples.
-
-    Raises:
-        ShardError: if a sample has no image or no label.
-    """
-    images, labels = [], []
-    for members in samples:
-        by_extension = {member.extension: member for member in members}
-        image = next((by_extension[e] for e in IMAGE_EXTENSIONS if e in by_extension), None)
-        label = next((by_extension[e] for e in LABEL_EXTENSIONS if e in by_extension), None)
-        if image is None or label is None:
-            expected = "image" if image is None else ".cls or .json label"
-            raise ShardError(
-                f"{path}, key {members[0].key}: no {expected} "
-                f"(found {', '.join('.' + e for e in by_extension)}). "
-                "Training needs an image and a label in every sample."
-            )
-        images.append((image.offset, image.num_bytes))
-        labels.append((label.offset, label.num_bytes, label.extension))
-    extensions = {label[2] for label in labels}
-    if len(extensions) > 1:
-        raise ShardError(f"{path}: labels in both .cls and .json. Use one of them throughout.")
-    image_table = np.array(images, dtype=np.int64).reshape(-1, 2)
-    label_table = np.array([label[:2] for label in labels], dtype=np.int64).reshape(-1, 2)
-    return TarIndex(
-        image_table[:, 0].copy(),
-        image_table[:, 1].astype(np.int32),
-        label_table[:, 0].copy(),
-        label_table[:, 1].astype(np.int32),
-        extensions.pop() if extensions else "cls",
-    )
-
-
 def read_samples(path: str) -> list[list[Member]]:
     """The members of each sample of a shard: from its sidecar, else by walking the tar.
 
@@ -226,12 +187,68 @@ def read_samples(path: str) -> list[list[Member]]:
         return list(walk_tar(path))
     samples = read_sidecar(sidecar)
     end = 0
-    for member in (member for sample in samples for member in sample):
-        if member.offset < end + BLOCK or member.num_bytes < 0:
-            raise ShardError(
-                f"{sidecar}: {member.name} at byte {member.offset:,} overlaps what stands before "
-                "it. Delete the sidecar (it is then made from the tar)."
-            )
-        end = _end_of(member.offset, member.num_bytes)
+    for sample in samples:
+        if sample[0].start - end <= _MAX_EXTENSION:  # the headers of a long name, perhaps
+            sample[0] = replace(sample[0], start=end)
+        for member in sample:
+            if member.offset < end + BLOCK or member.num_bytes < 0:
+                raise ShardError(
+                    f"{sidecar}: {member.name} at byte {member.offset:,} overlaps what stands "
+                    "before it. Delete the sidecar (it is then made from the tar)."
+                )
+            end = member.end
     _check_end(path, end)
     return samples
+
+
+def read_members(span: bytes, start: int) -> list[Member]:
+    """The members whose headers and data a piece of a tar holds, from byte `start` of the tar on.
+
+    Raises:
+        ShardError: if the piece does not begin with a header, or a header is damaged.
+    """
+    members, at = [], 0
+    while at < len(span):
+        name = _plain_name(span[at : at + BLOCK])
+        if name is None:  # a long name, a folder, a link: nothing that our own writer writes
+            return _read_any_members(span, start)
+        num_bytes = announced_bytes(span[at : at + BLOCK])
+        if _NAME_OF_SAMPLE.match(name):
+            members.append(Member(name, start + at + BLOCK, num_bytes))
+        at = _end_of(at + BLOCK, num_bytes)
+    return members
+
+
+def _read_any_members(span: bytes, start: int) -> list[Member]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(span + bytes(2 * BLOCK)), mode="r:") as tar:
+            return [
+                Member(info.name, start + info.offset_data, info.size, start + info.offset)
+                for info in tar
+                if info.isfile() and _NAME_OF_SAMPLE.match(info.name)
+            ]
+    except tarfile.TarError as error:
+        raise ShardError(f"byte {start:,}: not the header of a tar member ({error})") from None
+
+
+def _plain_name(header: bytes) -> str | None:
+    """The name in the header of a regular file; None for every other header."""
+    if header[156:157] not in (b"0", b"\0") or announced_bytes(header) is None:
+        return None
+    name = header[:100].rstrip(b"\0")
+    if header[257:263] == b"ustar\0" and header[345] != 0:
+        name = header[345:500].rstrip(b"\0") + b"/" + name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def announced_bytes(header: bytes) -> int | None:
+    """The size that a tar header states (octal, or base 256); None if it is not a header."""
+    field = header[124:136]
+    try:
+        if field[:1] == b"\x80":
+            num_bytes = int.from_bytes(field[1:], "big")
+        else:
+            num_bytes = int(field.rstrip(b"\0 "), 8)
+    except ValueError:
+        return None
+    return num_bytes if header[257:262] == b"ustar" and num_bytes >= 0 else None

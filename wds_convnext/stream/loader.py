@@ -25,6 +25,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def _start(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
     optimizer update. Without it, waiting looks every 5 s whether the workers live.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _stop_signals_blocked():
         # More workers than cores are refused, or meant, before this.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         items = iter(
@@ -135,6 +136,19 @@ def _start(dataset: IterableDataset, num_workers: int) -> Iterator[Any]:
     return items
 
 
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Hold stop signals back, here and in processes started here until they `_settle_in`.
+
+    One that reaches the whole process group would else kill a worker that does not ignore it yet.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
@@ -145,5 +159,6 @@ def _settle_in(worker_id: int) -> None:
     # The trainer decides when to stop; a signal to its whole process group must not kill these.
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # A collection would write to, and so copy, every object that the fork shares: 40 MB a worker.
     gc.freeze()

@@ -28,29 +28,15 @@ NUM_LANES = 32  # divides the usual batch sizes and numbers of ranks; files open
 class SampleRefs(NamedTuple):
     """References to the samples of a batch; int64 arrays of one length."""
 
-    shard: np.ndarray  # number of the shard in its set
-    sample: np.ndarray  # number of the sample in its shard
-    number: np.ndarray  # number of the sample in the whole set
+    number: np.ndarray  # number of the sample in its data set
     epoch: np.ndarray
     is_real: np.ndarray  # bool; False for the padding of a last evaluation batch
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return len(self.number)
 
     def take(self, index) -> "SampleRefs":
         return SampleRefs(*(column[index] for column in self))
-
-
-class _ShardMap:
-    """Turns sample numbers of the whole set into (shard, sample in shard)."""
-
-    def __init__(self, sizes: np.ndarray):
-        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-
-    def locate(self, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # side="right" passes over empty shards
-        shard = np.searchsorted(self.starts, number, side="right") - 1
-        return shard, number - self.starts[shard]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +88,7 @@ class TrainOrder:
         for epoch in set(epochs.tolist()):
             here = epochs == epoch
             number[here], lane[here] = _cached_epoch(self, epoch)(offsets[here])
-        shard, sample = self._shard_map.locate(number)
-        return SampleRefs(shard, sample, number, epochs, np.ones(len(number), bool)), lane
+        return SampleRefs(number, epochs, np.ones(len(number), bool)), lane
 
     def global_batch(self, step: int) -> SampleRefs:
         """The samples of one step for all ranks together, sorted by lane (stable)."""
@@ -131,10 +116,6 @@ class TrainOrder:
         """A uint64 key per reference, for the draws of its augmentation: (seed, epoch, sample)."""
         key = derive_key(self.seed, "augment")
         return subkeys(key, subkeys(key, refs.number) + refs.epoch.astype(np.uint64))
-
-    @cached_property
-    def _shard_map(self) -> _ShardMap:
-        return _ShardMap(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -171,8 +152,7 @@ class EvalOrder:
         first = (index * world_size + rank) * batch_size
         position = np.arange(first, first + batch_size)
         number = np.minimum(position, num_samples - 1)
-        shard, sample = _ShardMap(self.sizes).locate(number)
-        return SampleRefs(shard, sample, number, np.zeros_like(number), position < num_samples)
+        return SampleRefs(number, np.zeros_like(number), position < num_samples)
 
 
 @lru_cache(maxsize=4)
@@ -207,8 +187,8 @@ class _Windowed:
         self.window = max(1, shuffle_buffer // self.num_lanes)
         self.key = key
         self.shard_order = permute(np.arange(len(sizes)), len(sizes), derive_key(key, "shards"))
-        self.laid = _ShardMap(np.asarray(sizes)[self.shard_order])
-        self.starts = _ShardMap(sizes).starts
+        self.laid_starts = _starts(np.asarray(sizes)[self.shard_order])
+        self.starts = _starts(sizes)
 
     def __call__(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers and lanes at offsets within the epoch."""
@@ -218,7 +198,9 @@ class _Windowed:
         index = self._shuffle(index, lane, lane_length, shift=self.window // 2)
         index = self._shuffle(index, lane, lane_length, shift=0)
         laid_at = lane * length + np.minimum(lane, longer) + index
-        shard, sample = self.laid.locate(laid_at)
+        # side="right" passes over empty shards
+        shard = np.searchsorted(self.laid_starts, laid_at, side="right") - 1
+        sample = laid_at - self.laid_starts[shard]
         return self.starts[self.shard_order[shard]] + sample, lane
 
     def _shuffle(self, index, lane, lane_length, *, shift: int):
@@ -229,3 +211,8 @@ class _Windowed:
         key = derive_key(self.key, "windows", shift)
         keys = subkeys(key, subkeys(key, lane) + window.astype(np.uint64))
         return first + permute(index - first, last - first, keys)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """Where each shard begins when shards of these sizes are laid end to end, and their end."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

@@ -10,13 +10,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from wds_convnext.errors import DataError, ShardError, TrainingError, WdsConvnextError
+from wds_convnext.errors import DataError, TrainingError, WdsConvnextError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
@@ -87,13 +87,12 @@ class ShardStream(IterableDataset):
         return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
     def open_reader(self) -> SampleReader:
-        return SampleReader(self.dataset.shards, label_field=self.dataset.label_field)
+        return SampleReader(self.dataset)
 
     def will_load(self, number: int, reader: SampleReader) -> None:
-        """Have the bytes of a batch fetched."""
-        refs = self.order.micro_batch(number, **self.place)
-        for shard, sample in zip(refs.shard.tolist(), refs.sample.tolist()):
-            reader.will_read(shard, sample)
+        """Ask the OS to prefetch the bytes of a batch."""
+        for sample in self.order.micro_batch(number, **self.place).number.tolist():
+            reader.will_read(sample)
 
     def load(self, number: int, reader: SampleReader, images: torch.Tensor) -> Batch:
         """One batch of this stream, its images written into `images`."""
@@ -104,8 +103,8 @@ class ShardStream(IterableDataset):
             draws = uniform(self.order.sample_keys(refs), self.transform.NUM_DRAWS)
         bad_samples = []
         for i in refs.is_real.nonzero()[0]:
-            place = int(refs.shard[i]), int(refs.sample[i])
-            loaded, reasons = self._load_first_good(reader, *place, draws[i])
+            load = partial(self._load_one, reader, draws=draws[i])
+            loaded, reasons = self._first_good(reader, int(refs.number[i]), load)
             bad_samples += [{**reason, "epoch": int(refs.epoch[i])} for reason in reasons]
             if loaded is None:
                 refs.is_real[i] = False
@@ -115,36 +114,36 @@ class ShardStream(IterableDataset):
             images[i] = 0  # the memory was another batch's
         return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
 
+    def _load_one(self, reader: SampleReader, sample: int, draws) -> tuple[torch.Tensor, int]:
+        data, label = reader.read(sample)
+        return self.transform(data, draws), label
+
     def _raw_samples(self) -> Iterator[dict]:
         with closing(self.open_reader()) as reader:
             for _, number in _share_of_this_worker(self.turns()):
                 refs = self.order.micro_batch(number, **self.place)
-                for shard, sample in zip(refs.shard[refs.is_real], refs.sample[refs.is_real]):
-                    yield reader.read_raw(int(shard), int(sample))
+                for sample in refs.number[refs.is_real].tolist():
+                    raw, _ = self._first_good(reader, sample, reader.read_raw)
+                    if raw is not None:
+                        yield raw
 
-    def _load_first_good(self, reader: SampleReader, shard: int, sample: int, draws):
-        """(image, label), and why samples before it in its shard could not be used.
+    def _first_good(self, reader: SampleReader, sample: int, load: Callable[[int], Any]):
+        """What `load` makes of a sample, and why samples before it could not be used.
 
-        In training a sample that does not decode is replaced by the next of its shard that does,
+        In training a sample that cannot be used is replaced by the next of its shard that can,
         which depends on the shard alone: the stream is the same for any number of workers. In
         evaluation nothing takes its place, and None is returned.
         """
         reasons = []
-        shard_samples = self.dataset.shards[shard].num_samples
-        attempts = 1 if self.stop is not None else min(shard_samples, _MAX_REPLACEMENTS)
+        shard, _ = self.dataset.locate(sample)
+        numbers = self.dataset.numbers_of(shard)
+        attempts = 1 if self.stop is not None else min(len(numbers), _MAX_REPLACEMENTS)
         for attempt in range(attempts):
-            candidate = (sample + attempt) % shard_samples
-            data, label = reader.read(shard, candidate)
-            if not 0 <= label < self.dataset.num_classes:
-                where = reader.describe(shard, candidate)
-                raise ShardError(
-                    f"{where['shard']}, key {where['key']}: label {label} is outside the "
-                    f"{self.dataset.num_classes} classes. Run make shards again."
-                )
+            candidate = numbers[(sample - numbers.start + attempt) % len(numbers)]
             try:
-                return (self.transform(data, draws), label), reasons
+                return load(candidate), reasons
             except DataError as error:
-                reasons.append({**reader.describe(shard, candidate), "reason": str(error)})
+                reasons.append({**reader.describe(candidate), "reason": str(error)})
         if self.stop is not None:
             return None, reasons
         raise TrainingError(

@@ -37,7 +37,8 @@ class AdamP(Optimizer):
 
     Arguments, defaults, group keys and state dicts are timm's. In eager float32 on one CPU
     thread the results are timm's bit for bit; more threads or a compiler change the order of
-    sums, and so the last bits. Empty tensors, on which timm raises, stay as they are.
+    sums, and so the last bits. In float64 a bias correction may round otherwise: its square root
+    is torch's, timm's is Python's. Empty tensors, on which timm raises, stay as they are.
 
     `torch.compile(optimizer.step, fullgraph=True)` works. There, and in a CUDA graph, set `lr` to
     a 0-d float64 tensor on the device of the parameters and change it in place: a float is a

@@ -250,11 +250,11 @@ def introduce(
     if val_data is None:
         validation = "no validation shards found (name some with --val-shards)"
     else:
-        validation = f"{val_data.num_samples:,} for validation"
+        validation = f"{len(val_data):,} for validation"
     amp = "float32" if compute.amp == "off" else compute.amp
     return (
         f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {train_data.name}: "
-        f"{train_data.num_samples:,} samples in {len(train_data.shards)} shards, {validation}, "
+        f"{len(train_data):,} samples in {len(train_data.shards)} shards, {validation}, "
         f"{train_data.num_classes} classes\n"
         f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
         f"global batch {order.global_batch_size}, on {compute.world.size} x {compute.device}, "

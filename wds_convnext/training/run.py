@@ -15,7 +15,7 @@ from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset, find_validation, open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
-from wds_convnext.stream.loader import num_workers
+from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import EvalOrder, SampleRefs, TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform
@@ -83,6 +83,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     )
     facts = describe(config, train_data, val_spec, order, compute)
     state, notes = build_state(config, train_data.num_classes, compute)
+    notes += [_without_checksums(data) for data in (train_data, val_data) if data is not None]
     if resumed:
         rundir.check_resumable(resumed["facts"], facts, warn=warn)
         state.load_state_dict(resumed)
@@ -93,7 +94,7 @@ def _train(config: TrainConfig, compute: Compute) -> int:
     recipe = build_recipe(config, state, train_data.num_classes, compute)
     gauges = build_gauges(config, state, recipe, compute)
     say(introduce(config, state, train_data, val_data, order, compute, gauges))
-    for note in notes:
+    for note in filter(None, notes):
         say(note)
     warning = lr_warning(config, order.global_batch_size)
     if warning:
@@ -154,7 +155,7 @@ def run_evaluation(config: EvalConfig) -> tuple[EvalResult, dict]:
         spec = config.shards or facts["val_shards"]
         if spec is None:
             raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
-        dataset = open_dataset(spec, progress=_survey_bar)
+        dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
         if dataset.class_names != tuple(facts["class_names"]):
             raise ShardError(
                 f"{spec}: its {dataset.num_classes} classes are not the {facts['num_classes']} "
@@ -238,7 +239,7 @@ def _evaluate(
     shown = track(batches, title, unit="batches", total=stream.stop, quiet=not is_main)
     return evaluate(
         forward,
-        _limit_bad_samples(shown, max_bad_samples * split.num_samples),
+        _limit_bad_samples(shown, max_bad_samples * len(split)),
         normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, device),
         autocast=compute.autocast,
         world=compute.world,
@@ -247,9 +248,19 @@ def _evaluate(
 
 def _name_samples(dataset: Dataset, refs: SampleRefs) -> list[str]:
     """Shard and key of samples, as messages name them."""
-    with closing(SampleReader(dataset.shards)) as reader:
-        places = [reader.describe(*map(int, place)) for place in zip(refs.shard, refs.sample)]
+    with closing(SampleReader(dataset)) as reader:
+        places = [reader.describe(number) for number in refs.number.tolist()]
     return [f"{place['shard']}, key {place['key']}" for place in places]
+
+
+def _without_checksums(dataset: Dataset) -> str | None:
+    if dataset.index.has_checksums:
+        return None
+    folder = Path(dataset.shards[0].path).parent
+    return (
+        f"The {dataset.split} split has no checksums, so flipped bits in it go unseen; "
+        f"add them once: wds-convnext index {folder}"
+    )
 
 
 def _limit_bad_samples(batches: Iterator[Batch], allowed: float) -> Iterator[Batch]:
@@ -280,9 +291,9 @@ def _evaluate_best(folder: Path, state: TrainState, validate: Callable, say: Cal
 
 def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | None]:
     """The training split, the validation split if there is one, and what names the latter."""
-    train_data = open_dataset(config.shards, progress=_survey_bar)
+    train_data = open_dataset(config.shards, jobs=num_cores(), quiet=False)
     spec = config.val_shards or find_validation(train_data)
-    val_data = open_dataset(spec, progress=_survey_bar) if spec else None
+    val_data = open_dataset(spec, jobs=num_cores(), quiet=False) if spec else None
     if val_data is not None and val_data.class_names != train_data.class_names:
         raise ShardError(
             f"{spec}: its {val_data.num_classes} class names differ from the "
@@ -294,7 +305,3 @@ def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | No
             for shard in track(dataset.shards, name, unit="shards"):
                 check_sha256(shard)
     return train_data, val_data, spec
-
-
-# Shards without a manifest are walked through; `wds-convnext index` writes one.
-_survey_bar = partial(track, title="Reading labels", unit="shards")
