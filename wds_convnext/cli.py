@@ -184,7 +184,7 @@ def inspect(shards: str, **options) -> None:
 @click.argument("shards")
 @add_options(BenchConfig)
 def bench(shards: str, **options) -> None:
-    """Measure the loader alone on these shards and this machine, and say what would help most.
+    """Measure the loader alone, on these shards and this machine.
 
     SHARDS is as for training. For each number of workers: images per second, CPU time, memory and
     the wait for the first batch; then where the time of one image goes.

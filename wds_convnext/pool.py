@@ -1,66 +1,22 @@
-"""Independent tasks over a few processes, with one progress display.
+"""Independent tasks over a few processes.
 
 Processes are spawned, not forked: nothing of the parent is copied, and threads are safe.
 A worker whose parent dies, however it dies, ends itself.
 """
 
 import os
-import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from multiprocessing import get_context, parent_process
 
-from tqdm import tqdm
-
 from wds_convnext.errors import WdsConvnextError
+from wds_convnext.progress import Progress
 
 _POLL_S = 0.2
-_LINE_EVERY_S = 10.0
 _worker_count = None  # in a worker process: adds to the counters that the parent displays
-
-
-class Progress:
-    """Shows one pass: a bar on a terminal, a line every ten seconds elsewhere; on stderr."""
-
-    def __init__(self, title: str, *, num_images: int, quiet: bool = False):
-        self.title = title
-        self.num_images = num_images
-        self.images = self.num_bytes = 0
-        self._started = self._shown = time.monotonic()
-        self._quiet = quiet
-        self._bar = None
-        if not quiet and sys.stderr.isatty():
-            self._bar = tqdm(total=num_images, desc=title, unit=" images", unit_scale=True)
-
-    def add(self, images: int, num_bytes: int) -> None:
-        """Count images and bytes that have been dealt with."""
-        self.show(self.images + images, self.num_bytes + num_bytes)
-
-    def show(self, images: int, num_bytes: int) -> None:
-        """Set the counts, and display them when it is time."""
-        step = images - self.images
-        self.images, self.num_bytes = images, num_bytes
-        elapsed_s = max(time.monotonic() - self._started, 1e-9)
-        rate = f"{num_bytes / elapsed_s / 1e6:.0f} MB/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(rate, refresh=False)
-            self._bar.update(step)
-        elif not self._quiet and time.monotonic() - self._shown >= _LINE_EVERY_S:
-            self._shown = time.monotonic()
-            left_s = elapsed_s * max(0, self.num_images - images) / max(1, images)
-            print(
-                f"{self.title}: {images:,} of {self.num_images:,} images, {rate}, "
-                f"{images / elapsed_s:.0f} images/s, {left_s:.0f} s left",
-                file=sys.stderr,
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class Workers(AbstractContextManager):
@@ -82,7 +38,8 @@ class Workers(AbstractContextManager):
 
         Args:
             function: a function of a module (it is sent to other processes by name). It calls
-                `count(images, num_bytes)` as it goes along.
+                `count(num, num_bytes)` as it goes along, with units of the progress.
+            progress: is closed in the end.
         Raises:
             WdsConvnextError: if a process is killed. What a task raises comes out unchanged.
         """
@@ -127,9 +84,9 @@ def _call(function, task):
 def _start_worker(counters, on_start) -> None:
     global _worker_count
 
-    def add(images: int, num_bytes: int) -> None:
+    def add(num: int, num_bytes: int) -> None:
         with counters.get_lock():
-            counters[0] += images
+            counters[0] += num
             counters[1] += num_bytes
 
     _worker_count = add

@@ -474,6 +474,16 @@ def test_a_pillow_decode_finds_what_the_header_hides(tmp_path):
         convert(str(tmp_path / "in"), tmp_path / "out", check="decode")
 
 
+def test_check_decode_judges_a_jpeg_as_training_does(tmp_path):
+    """Bytes left over before the end are harmless; pixels that were never decoded are not."""
+    whole = encode(0, size=(64, 64))
+    left_over, torn = whole[:-2] + b"left over" + whole[-2:], whole[: len(whole) // 2] + whole[-2:]
+    write_split(tmp_path / "in", "train", image_table([left_over, torn], [0, 1]))
+
+    with pytest.raises(DataError, match=r"1 of 2 rows .* row 1 of .*does not decode \(Corrupt"):
+        convert(str(tmp_path / "in"), tmp_path / "out", check="decode")
+
+
 def test_a_vanished_input_is_one_line(source, tmp_path, monkeypatch):
     """A file deleted after its footer was read."""
     from wds_convnext import conversion as module

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from wds_convnext.errors import DataError
-from wds_convnext.pool import Progress
+from wds_convnext.progress import Progress
 
 JPEG_QUALITY = 90  # FFCV's, and that of photographs brought to another size
 SAMPLES_PER_SHARD, MIN_SHARDS = 125, 16
@@ -97,7 +97,7 @@ def _write_parquet(out: Path, samples: Iterator, num_images: int, schema) -> Non
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    progress = Progress(f"{out.name} (parquet)", num_images=num_images)
+    progress = Progress(f"{out.name} (parquet)", total=num_images)
     num_files = min(num_images, max(MIN_SHARDS, num_images // SAMPLES_PER_SHARD))
     for number, part in enumerate(np.array_split(np.arange(num_images), num_files)):
         rows = []
@@ -120,7 +120,7 @@ def _write_files(formats: Path, out: Path) -> None:
 
     parts = sorted((formats / "photos").glob("*.parquet"))
     num_images = sum(pq.read_metadata(part).num_rows for part in parts)
-    progress = Progress("files", num_images=num_images)
+    progress = Progress("files", total=num_images)
     for row in itertools.chain.from_iterable(pq.read_table(part).to_pylist() for part in parts):
         folder = out / f"{row['label']:03d}"
         folder.mkdir(exist_ok=True)

@@ -20,7 +20,8 @@ from wds_convnext.conversion.conversion import unit_edges
 from wds_convnext.conversion.parquet import ParquetSplit, find_splits, open_split
 from wds_convnext.conversion.rows import UNLABELLED, read_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard
@@ -84,7 +85,7 @@ def compare_with_input(
 
     paths = [path for path in split.present if path in split.listed]
     tasks = [DigestShard(split.listed[path], split.manifest.label_field) for path in paths]
-    progress = Progress(f"{split.name}: shards", num_images=source.num_rows, quiet=quiet)
+    progress = Progress(f"{split.name}: shards", total=source.num_rows, quiet=quiet)
     found = workers.run(digest_shard, tasks, progress=progress)
 
     edges = unit_edges(source)
@@ -92,7 +93,7 @@ def compare_with_input(
         DigestRows(source, names, start, stop, frozenset(r for r in left_out if start <= r < stop))
         for start, stop in zip(edges, edges[1:])
     ]
-    progress = Progress(f"{split.name}: input", num_images=source.num_rows, quiet=quiet)
+    progress = Progress(f"{split.name}: input", total=source.num_rows, quiet=quiet)
     records = workers.run(digest_rows, tasks, progress=progress)
     expected = np.concatenate([np.zeros(0, DIGEST), *(digests for digests, _ in records)])
     usable = [row for _, rows in records for row in rows]

@@ -18,7 +18,8 @@ from wds_convnext.check.splits import (
 from wds_convnext.config import IndexConfig
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import write_atomically
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.index import JSON_LABEL, MAGIC, encode_footer
 from wds_convnext.shards.indexing import write_pieces
@@ -140,7 +141,7 @@ def read_class_names(path: str) -> tuple[str, ...]:
 
 
 def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[IndexedShard]:
-    progress = Progress(f"{split.name}: index", num_images=0, quiet=quiet)
+    progress = Progress(f"{split.name}: index", quiet=quiet)
     if split.manifest:
         label_field = split.manifest.label_field
     tasks = [(path, label_field) for path in split.paths]

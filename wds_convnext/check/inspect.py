@@ -19,7 +19,8 @@ from wds_convnext.config import InspectConfig
 from wds_convnext.conversion.conversion import is_held_out
 from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.scan import scan_shard
@@ -197,7 +198,7 @@ def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, 
     field_name = manifest.label_field if manifest else "label"
     tasks = [(listed.get(path, Shard(path, -1)), field_name) for path in split.paths]
     num_images = sum(max(0, shard.num_samples) for shard, _ in tasks)
-    progress = Progress(f"{split.name}: inspect", num_images=num_images, quiet=quiet)
+    progress = Progress(f"{split.name}: inspect", total=num_images, quiet=quiet)
     surveys = workers.run(survey_shard, tasks, progress=progress)
     shards = tuple(survey.shard for survey in surveys)
     if manifest:

@@ -24,7 +24,8 @@ from wds_convnext.check.splits import (
 from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, open_index
 from wds_convnext.shards.scan import MAX_CLASSES, ScannedSample, scan_shard
@@ -124,7 +125,7 @@ def _verify_split(
     problems, notes = _compare_listing(split)
     tasks = [_task(split, path, deep) for path in _checkable(split)]
     num_images = sum(max(0, task.shard.num_samples) for task in tasks)
-    progress = Progress(f"{split.name}: verify", num_images=num_images, quiet=quiet)
+    progress = Progress(f"{split.name}: verify", total=num_images, quiet=quiet)
     findings = workers.run(check_shard, tasks, progress=progress)
     problems += [problem for finding in findings for problem in finding.problems]
     problems += _repeated_keys([task.shard.path for task in tasks], findings)

@@ -31,7 +31,8 @@ from wds_convnext.conversion.scatter import Scatter
 from wds_convnext.conversion.staging import Staging
 from wds_convnext.errors import DataError, UsageError
 from wds_convnext.files import write_atomically
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.image import ImageSurvey
@@ -220,7 +221,7 @@ class Conversion:
 
     def _run(self, title: str, tasks: list) -> list[dict]:
         progress = Progress(
-            f"{self.split.name}: {title}", num_images=self.split.num_rows, quiet=self.quiet
+            f"{self.split.name}: {title}", total=self.split.num_rows, quiet=self.quiet
         )
         return self.workers.run(run_task, tasks, progress=progress)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from wds_convnext.errors import ShardError
 from wds_convnext.files import sync_folder
-from wds_convnext.pool import Progress, Workers
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.index import MAGIC, IndexFile, encode_footer, open_index
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard, check_size
@@ -89,7 +90,7 @@ def _pieces(
             some = shards[start : start + _SHARDS_AT_A_TIME]
             tasks = [(shard, label_field) for shard in some]
             expected = sum(max(0, shard.num_samples) for shard in some)
-            progress = Progress("reading labels", num_images=expected, quiet=quiet)
+            progress = Progress("reading labels", total=expected, quiet=quiet)
             for shard, (num_samples, records) in zip(
                 some, workers.run(index_records, tasks, progress=progress)
             ):

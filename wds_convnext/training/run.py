@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.errors import DataError, ShardError, TrainingError, UsageError
+from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset, find_validation, open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
@@ -233,17 +233,11 @@ def _evaluate(
 ) -> EvalResult:
     """Evaluate on the batches of a finite stream; `forward` is put into evaluation mode."""
     split, device, is_main = stream.dataset, compute.device, compute.world.is_main
-    bar = tqdm(
-        batches,
-        desc=f"Evaluating {split.split}",
-        total=stream.stop,
-        unit="batch",
-        leave=False,
-        disable=None if is_main else True,  # None: only on a terminal
-    )
+    title = f"Evaluating {split.split}"
+    shown = track(batches, title, unit="batches", total=stream.stop, quiet=not is_main)
     return evaluate(
         forward,
-        _limit_bad_samples(bar, max_bad_samples * len(split)),
+        _limit_bad_samples(shown, max_bad_samples * len(split)),
         normalizer=Normalizer(IMAGENET_MEAN, IMAGENET_STD, device),
         autocast=compute.autocast,
         world=compute.world,
@@ -306,6 +300,6 @@ def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | No
     if config.check_shards:
         for dataset in filter(None, (train_data, val_data)):
             name = f"Checking {dataset.split}"
-            for shard in tqdm(dataset.shards, desc=name, unit="shard", disable=None):
+            for shard in track(dataset.shards, name, unit="shards"):
                 check_sha256(shard)
     return train_data, val_data, spec

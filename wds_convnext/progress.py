@@ -1,0 +1,130 @@
+"""How far the work is, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+_LINE_EVERY_S = 10.0
+# tqdm's own, but for the rate, which tqdm turns into seconds per unit where it is below one.
+_BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+    "[{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+)
+
+
+class Progress(AbstractContextManager):
+    """Shows the progress of one piece of work, with a rate and the time left.
+
+    Args:
+        total: of the units; None or 0 if it is not known.
+        unit: plural, as "images".
+        initial: what was done before this process began; it does not count for the rate.
+        quiet: show nothing.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        total: float | None = None,
+        unit: str = "images",
+        initial: float = 0,
+        quiet: bool = False,
+    ):
+        self.title, self.total, self.unit, self.note = title, total or None, unit, ""
+        self.done, self.num_bytes = initial, 0
+        self._initial, self._quiet = initial, quiet
+        self._started = self._shown = time.monotonic()
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self.total,
+                desc=title,
+                unit=f" {unit}",
+                unit_scale=True,
+                initial=initial,
+                leave=False,  # what follows says what was done
+                bar_format=_BAR if self.total else None,
+            )
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether there is a bar on the screen, so that nobody else need say how far it is."""
+        return self._bar is not None
+
+    def add(self, num: float, num_bytes: int = 0) -> None:
+        """Count units, and bytes where they are known, that have been dealt with."""
+        self.show(self.done + num, self.num_bytes + num_bytes)
+
+    def show(self, done: float, num_bytes: int = 0, *, note: str | None = None) -> None:
+        """Set the counts, and a note that goes with them; display them when it is time."""
+        step, self.done, self.num_bytes = done - self.done, done, num_bytes
+        if note is not None:
+            self.note = note
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._extras()), refresh=False)
+            self._bar.update(step)
+        elif not self._quiet and time.monotonic() - self._shown >= _LINE_EVERY_S:
+            self._shown = time.monotonic()
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar from the screen."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close()
+
+    def _elapsed_s(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    def _extras(self) -> list[str]:
+        extras = [self.note] if self.note else []
+        if self.num_bytes:
+            extras.insert(0, f"{self.num_bytes / self._elapsed_s() / 1e6:.0f} MB/s")
+        return extras
+
+    def _line(self) -> str:
+        rate = (self.done - self._initial) / self._elapsed_s()
+        of_total = f" of {int(self.total):,}" if self.total else ""
+        parts = [f"{int(self.done):,}{of_total} {self.unit}", *self._extras()]
+        parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
+        if self.total:
+            left_s = f"{max(0, self.total - self.done) / rate:,.0f}" if rate else "?"
+            parts.append(f"{left_s} s left")
+        return f"{self.title}: {', '.join(parts)}"
+
+
+def track(
+    items: Iterable[Item],
+    title: str,
+    *,
+    unit: str,
+    total: int | None = None,
+    quiet: bool = False,
+) -> Iterator[Item]:
+    """The items, with a display of how many have been dealt with.
+
+    Args:
+        total: default: the items' own length, if they have one.
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Progress(title, total=total, unit=unit, quiet=quiet) as progress:
+        for item in items:
+            yield item
+            progress.add(1)
+
+
+def say(text: str) -> None:
+    """Print a line on stdout, above the bars that are on the screen."""
+    tqdm.write(text)
+    sys.stdout.flush()
