@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import CheckpointError
-from wds_convnext.training.checkpoint import (
+from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
+from wds_convnext.training.rundir import (
     link_checkpoint,
-    load_checkpoint,
     load_newest,
     prune_steps,
-    save_checkpoint,
     step_checkpoints,
 )
 
@@ -279,7 +278,7 @@ def test_without_last_the_newest_step_is_used(tmp_path):
     assert load_newest(tmp_path, warn=pytest.fail)["step"] == 20
 
 
-def test_without_a_whole_checkpoint_it_says_how_to_start_afresh(tmp_path):
+def test_without_a_whole_checkpoint_it_says_how_to_start_from_scratch(tmp_path):
     """After a warning for each that there is."""
     save_steps(tmp_path, [10])
     damage(tmp_path / "last.pt")
@@ -290,6 +289,6 @@ def test_without_a_whole_checkpoint_it_says_how_to_start_afresh(tmp_path):
 
     assert str(error.value) == (
         f"{tmp_path}: holds no whole checkpoint to resume from. "
-        "Start afresh with --overwrite, or in another folder with --out."
+        "Start from scratch with --overwrite, or in another folder with --out."
     )
     assert len(warnings) == 2

@@ -2,10 +2,10 @@
 
 A transform is a frozen value and a pure function: all randomness comes in as `draws`, uniform
 numbers in [0, 1) that the caller has keyed by seed, epoch and sample. Geometry, rounding and
-colours are torchvision's; pixels differ from Pillow's antialiased resize by at most 2 of 255.
+colors are torchvision's; pixels differ from Pillow's antialiased resize by at most 2 of 255.
 
 CPU ms per image, one core, 500 ImageNet photographs, medians of 9 interleaved rounds:
-TrainTransform 1.38 (1.80 with colour jitter), torchvision's decode_jpeg and v2 1.59, Pillow 2.21;
+TrainTransform 1.38 (1.80 with color jitter), torchvision's decode_jpeg and v2 1.59, Pillow 2.21;
 EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 - Pillow's resize of the decoded crop 1.74; torchvision's 1.42, and its import in every worker.
 - The crop made contiguous (3, H, W) before the resize 1.46: torch's kernel wants RGB triples.
@@ -15,26 +15,103 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import permutations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from wds_convnext.shards.decode import Box, ImageError, check_num_pixels, decode_rgb
 
-__all__ = ["Box", "EvalTransform", "ImageError", "TrainTransform", "random_crop_box"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Box",
+    "EvalTransform",
+    "ImageError",
+    "Preprocessing",
+    "TrainTransform",
+    "random_crop_box",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_ATTEMPTS = 10
 _NUM_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become what a model takes: one value for training, evaluation and checkpoints.
+
+    A value that this version cannot make is refused with a ValueError: a model that was trained
+    on other pixels must not be evaluated on these.
+    """
+
+    image_size: int = 224
+    crop_ratio: float = 0.875  # of evaluation, in (0, 1]: Resize(256), CenterCrop(224)
+    crop_mode: str = "center"
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of red, green, blue in [0, 1]
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "crop_mode": ("center",),
+        "interpolation": ("bilinear",),  # antialiased
+    }
+
+    def __post_init__(self):
+        for name, known in self.CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}"
+                )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}: expected three of each, std > 0")
+        if self.image_size < 1 or not 0 < self.crop_ratio <= 1:
+            raise ValueError(
+                f"image_size {self.image_size}, crop_ratio {self.crop_ratio}: expected at least "
+                "1, and more than 0 and at most 1"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in checkpoints."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Preprocessing":
+        """The value that `to_dict` stored, in this version or another; unknown keys are ignored.
+
+        Raises:
+            KeyError: if image size, mean or std are missing.
+            ValueError: if a value is not known here.
+        """
+        for name in ("image_size", "mean", "std"):
+            if name not in stored:
+                raise KeyError(name)
+        known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        known |= {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])}
+        if known.get("interpolation") == "bilinear, antialiased":  # as version 0.1.0 wrote it
+            known["interpolation"] = "bilinear"
+        return cls(**known)
+
+    def train_transform(self, **options) -> "TrainTransform":
+        """The transform for training; options are the other arguments of `TrainTransform`."""
+        return TrainTransform(self.image_size, interpolation=self.interpolation, **options)
+
+    def eval_transform(self) -> "EvalTransform":
+        return EvalTransform(
+            self.image_size, crop_ratio=self.crop_ratio, interpolation=self.interpolation
+        )
+
+
+@dataclass(frozen=True)
 class TrainTransform:
-    """Encoded bytes -> uint8 (3, image_size, image_size): random crop, flip, colour jitter.
+    """Encoded bytes -> uint8 (3, image_size, image_size): random crop, flip, color jitter.
 
     Layout of the draws: (area, ratio) for each of the ten attempts at a crop, then top, left,
     flip, brightness, contrast, saturation, and the order of these three.
@@ -45,6 +122,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5  # probability
+    interpolation: str = "bilinear"
     NUM_DRAWS: ClassVar[int] = _NUM_CROP_DRAWS + 5
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
@@ -59,11 +137,11 @@ class TrainTransform:
 
     def resize(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
         """The crop in its final size, flipped or not."""
-        image = _resize(pixels_HWC, self.image_size, self.image_size)
+        image = _resize(pixels_HWC, self.image_size, self.image_size, self.interpolation)
         return image.flip(-1) if draws[_NUM_CROP_DRAWS] < self.hflip else image
 
     def jitter(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """The image with its colours changed; itself if there is no colour jitter."""
+        """The image with its colors changed; itself if there is no color jitter."""
         if self.color_jitter <= 0:
             return image
         *factor_draws, order = draws[_NUM_CROP_DRAWS + 1 :].tolist()
@@ -73,20 +151,21 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Encoded bytes -> uint8 (3, image_size, image_size): resize the short side, crop the centre.
+    """Encoded bytes -> uint8 (3, image_size, image_size): resize the short side, crop the center.
 
     The short side becomes round(image_size / crop_ratio): 256 for 224.
     """
 
     image_size: int = 224
     crop_ratio: float = 0.875  # in (0, 1]
+    interpolation: str = "bilinear"
     NUM_DRAWS: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> torch.Tensor:
         pixels = decode_rgb(data)
         height, width = _resized_size(*pixels.shape[:2], round(self.image_size / self.crop_ratio))
         check_num_pixels(height, width)  # a strip of 1x60,000 would become 256x15,360,000
-        image = _resize(pixels, height, width)
+        image = _resize(pixels, height, width, self.interpolation)
         top = round((height - self.image_size) / 2)
         left = round((width - self.image_size) / 2)
         return image[:, top : top + self.image_size, left : left + self.image_size]
@@ -136,11 +215,11 @@ def _resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return short_side, int(short_side * width / height)
 
 
-def _resize(pixels_HWC: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Bilinear, antialiased; uint8 (3, height, width), a pixel's three bytes side by side."""
+def _resize(pixels_HWC: np.ndarray, height: int, width: int, mode: str) -> torch.Tensor:
+    """Antialiased; uint8 (3, height, width), a pixel's three bytes side by side."""
     pixels_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(
-        pixels_1CHW, size=(height, width), mode="bilinear", antialias=True
+        pixels_1CHW, size=(height, width), mode=mode, antialias=True
     )[0]
 
 
@@ -165,16 +244,16 @@ def _adjust_brightness_(image: torch.Tensor, factor: float) -> None:
 
 def _adjust_contrast_(image: torch.Tensor, factor: float) -> None:
     # A float64 sum of whole numbers is exact, so it is the same for any number of threads.
-    mean = _grey(image).mean(dtype=torch.float64)
+    mean = _gray(image).mean(dtype=torch.float64)
     image.mul_(factor).add_(mean.float(), alpha=1 - factor)
 
 
 def _adjust_saturation_(image: torch.Tensor, factor: float) -> None:
-    grey = _grey(image)
-    image.mul_(factor).add_(grey, alpha=1 - factor)
+    gray = _gray(image)
+    image.mul_(factor).add_(gray, alpha=1 - factor)
 
 
-def _grey(image: torch.Tensor) -> torch.Tensor:
+def _gray(image: torch.Tensor) -> torch.Tensor:
     """Luma, rounded down; float32 (H, W). The weights are torchvision's."""
     red, green, blue = image
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
