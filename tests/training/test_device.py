@@ -1,4 +1,4 @@
-"""Mixing as timm mixes, normalising as torchvision normalises, and batches left as they are."""
+"""Mixing as timm mixes, normalizing as torchvision normalises, and batches left as they are."""
 
 from unittest.mock import patch
 
@@ -226,7 +226,7 @@ def test_a_draw_is_a_function_of_its_key():
     assert len(set(draws)) == len(keys)
 
 
-def test_normalising_is_torchvisions():
+def test_normalizing_is_torchvisions():
     """(x / 255 - mean) / std for every byte; float32 rounding of numbers up to 3 apart."""
     images = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
     normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, CPU)
@@ -240,7 +240,7 @@ def test_normalising_is_torchvisions():
 
 
 def test_undoing_gives_the_image_back():
-    """Fractions of 255, and the images that were normalised stay as they are."""
+    """Fractions of 255, and the images that were normalized stay as they are."""
     images = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
     before = images.clone()
     normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, CPU)

@@ -152,15 +152,24 @@ def test_one_value_makes_transforms():
     assert preprocessing.eval_transform() == EvalTransform(64, crop_ratio=0.5)
 
 
+@pytest.fixture(scope="module")
+def trained_run(shards, tmp_path_factory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("facts")
+    train(run_config(shards, folder, max_steps=1))
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"mean": [0.1, 0.2, 0.3]}, {"std": [1.0, 2.0, 0.5]}, {"crop_ratio": 0.4}],
     ids=str,
 )
-def test_a_checkpoint_is_evaluated_with_its_own_preprocessing(shards, tmp_path, changes):
+def test_a_checkpoint_is_evaluated_with_its_own_preprocessing(
+    shards, trained_run, tmp_path, changes
+):
     """Its mean, std and crop ratio are used: the same as evaluating by hand with these."""
-    train(run_config(shards, tmp_path, max_steps=1))
-    path = tmp_path / "run" / "last.pt"
+    path = trained_run / "last.pt"
     options = {"device": "cpu", "batch_size": 13, "workers": 0}
     before, _ = evaluate_checkpoint(EvalConfig(checkpoint=str(path), **options))
     content = load_checkpoint(path)

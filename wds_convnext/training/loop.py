@@ -74,10 +74,12 @@ def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) ->
             if run.validation and schedule.is_due(state.step):
                 _validate(run, batches, log=log, rundir=rundir)
                 watch.lap()  # images per second are those of training alone
+                # A validation may take minutes: a signal that came meanwhile counts now.
+                is_stopped |= vote.should_stop(request.signal_name is not None)
 
             # After all the rest, so that a resumed run repeats and misses nothing of it. The log
             # goes to the disk first: a checkpoint must not be ahead of it.
-            if saves:
+            if saves or is_stopped:
                 log.flush()
                 rundir.save("last", run)
             if is_stopped and not is_last:

@@ -70,8 +70,11 @@ class Run:
     state: TrainState
     recipe: StepRecipe
     gauges: Gauges
-    preprocessing: Preprocessing
     facts: Facts
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.facts.preprocessing
 
     def stream(self) -> ShardStream | ValidatedStream:
         """This rank's batches from the state's step on, with validations in their place."""
@@ -146,30 +149,13 @@ def open_run(
         )
     num_workers(config.workers, ranks=machine.world.size)  # refuses too many
     train_data, val_data, val_spec = _open_splits(config)
-    preprocessing = Preprocessing(config.image_size)
     order = TrainOrder(
         train_data.sizes,
         seed=config.seed,
         global_batch_size=config.batch_size * config.accumulate * machine.world.size,
         shuffle_buffer=config.shuffle_buffer,
     )
-    facts = Facts(
-        model=config.model,
-        class_names=train_data.class_names,
-        batch_size=config.batch_size,
-        preprocessing=preprocessing,
-        data=DataFacts(
-            shards=train_data.digest,
-            seed=order.seed,
-            global_batch_size=order.global_batch_size,
-            shuffle_buffer=order.shuffle_buffer,
-            num_lanes=order.num_lanes,
-        ),
-        dataset=train_data.name,
-        val_shards=val_spec and os.path.abspath(val_spec),
-        environment=_environment(machine),
-        config=asdict(config),
-    )
+    facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
     state, notes = build_state(config, num_classes=train_data.num_classes, machine=machine)
     if then:
         check_resumable(then, facts, warn=warn)
@@ -181,11 +167,16 @@ def open_run(
         state,
         num_classes=train_data.num_classes,
         machine=machine,
-        preprocessing=preprocessing,
+        preprocessing=facts.preprocessing,
     )
-    validation = val_data and open_evaluation(
-        val_data, batch_size=config.batch_size, preprocessing=preprocessing, machine=machine
-    )
+    validation = None
+    if val_data is not None:
+        validation = open_evaluation(
+            val_data,
+            batch_size=config.batch_size,
+            preprocessing=facts.preprocessing,
+            machine=machine,
+        )
     run = Run(
         config=config,
         machine=machine,
@@ -202,25 +193,47 @@ def open_run(
             machine=machine,
             timer=recipe.optimizer_timer,
         ),
-        preprocessing=preprocessing,
         facts=facts,
     )
     return run, notes
 
 
-def _environment(machine: Machine) -> dict[str, Any]:
-    """What else the bits of a result may depend on."""
-    return {
-        "wds_convnext": wds_convnext.__version__,
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "numpy": np.__version__,
-        "device": machine.device.type,
-        "amp": machine.amp,
-        "compiled": machine.compiled,
-        "num_threads": torch.get_num_threads(),
-        "world_size": machine.world.size,
-    }
+def _facts(
+    config: TrainConfig,
+    machine: Machine,
+    *,
+    order: TrainOrder,
+    train_data: Dataset,
+    val_spec: str | None,
+) -> Facts:
+    """What a run's checkpoints say about it."""
+    return Facts(
+        model=config.model,
+        class_names=train_data.class_names,
+        batch_size=config.batch_size,
+        preprocessing=Preprocessing(config.image_size),
+        data=DataFacts(
+            shards=train_data.digest,
+            seed=order.seed,
+            global_batch_size=order.global_batch_size,
+            shuffle_buffer=order.shuffle_buffer,
+            num_lanes=order.num_lanes,
+        ),
+        dataset=train_data.name,
+        val_shards=val_spec and os.path.abspath(val_spec),
+        environment={
+            "wds_convnext": wds_convnext.__version__,
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+            "numpy": np.__version__,
+            "device": machine.device.type,
+            "amp": machine.amp,
+            "compiled": machine.compiled,
+            "num_threads": torch.get_num_threads(),
+            "world_size": machine.world.size,
+        },
+        config=asdict(config),
+    )
 
 
 def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | None]:
