@@ -1,17 +1,42 @@
 """Writing files whole or not at all."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import BinaryIO
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file so that it is either whole or as it was: temp file, fsync, rename."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    """Write a file so that it is either whole or as it was."""
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Give a temporary file, open for writing, that replaces `path` when the context ends.
+
+    An error within the context removes the temporary file and leaves `path` as it was. A kill
+    leaves a `path.<8 hex digits>.tmp` behind.
+    """
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            # First the content, then the name: a power cut must not leave an empty file.
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     sync_folder(path)
+
+
+def temporary_name(path: str | os.PathLike) -> str:
+    """A name next to `path` that no other process uses, nor one that was killed has left."""
+    return f"{os.fspath(path)}.{os.urandom(4).hex()}.tmp"
 
 
 def sync_folder(path: str | os.PathLike) -> None:

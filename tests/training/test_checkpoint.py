@@ -1,5 +1,6 @@
 """A checkpoint is whole and reads back to the last bit, or it is refused with one line."""
 
+import hashlib
 import os
 import random
 import resource
@@ -10,16 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_convnext.errors import CheckpointError
-from wds_convnext.training.checkpoint import (
+from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
+from wds_convnext.training.rundir import (
     link_checkpoint,
-    load_checkpoint,
     load_newest,
     prune_steps,
-    save_checkpoint,
     step_checkpoints,
 )
 
@@ -48,9 +48,9 @@ def save_steps(folder: Path, steps: list[int]) -> None:
 
 
 def damage(path: Path) -> None:
-    """Flip one bit in the middle of a file, in place, so under every name that it has."""
+    """Flip one bit of a tensor, in place, so under every name that the file has."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[data.index(torch.arange(4, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes())] ^= 1
     path.write_bytes(data)
 
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_reads_back_as_saved(tmp_path):
 
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_plain_torch_load_reads_the_file(tmp_path, weights_only):
-    """Without this package: the line with the checksum stands after the end of the archive."""
+    """Without this package."""
     saved = content()
     save_checkpoint(tmp_path / "last.pt", saved)
 
@@ -85,35 +85,95 @@ def test_plain_torch_load_reads_the_file(tmp_path, weights_only):
     assert loaded["facts"] == saved["facts"]
 
 
+SAVED = content()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "last.pt"
-    save_checkpoint(path, content())
+    save_checkpoint(path, SAVED)
     return path.read_bytes()
 
 
-def refused(path: Path, data: bytes) -> bool:
+def with_trailer(data: bytes) -> bytes:
+    """As version 0.1.0 wrote it."""
+    return data + b"\nsha256:" + hashlib.sha256(data).hexdigest().encode()
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file as a new one: what was loaded from the old one is mapped, and stays."""
+    path.unlink(missing_ok=True)
     path.write_bytes(data)
+
+
+def refused(path: Path, data: bytes) -> bool:
+    write_new(path, data)
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(path)
     message = str(error.value)
-    return message.startswith(f"{path}: damaged, or no checkpoint") and "\n" not in message
+    return message.startswith(f"{path}: ") and "\n" not in message
 
 
+def refused_or_harmless(path: Path, data: bytes) -> bool:
+    """Never are other values given than those saved."""
+    write_new(path, data)
+    try:
+        loaded = load_checkpoint(path)
+    except CheckpointError as error:
+        return str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    assert loaded.keys() == SAVED.keys() | {"format"}
+    assert all(torch.equal(tensors(loaded)[name], t) for name, t in tensors(SAVED).items())
+    return all(loaded[name] == SAVED[name] for name in ("ema", "step", "facts"))
+
+
+@settings(max_examples=600)
 @given(data=st.data())
-def test_any_flipped_bit_is_refused(tmp_path_factory, whole, data):
-    """Wherever it is: in a tensor, in the archive's directory, in the checksum itself."""
+def test_no_flipped_bit_gives_other_values(tmp_path_factory, whole, data):
+    """Wherever it is: in a tensor, in the archive's directory, in the padding between records."""
     path = tmp_path_factory.getbasetemp() / "flipped.pt"
     position = data.draw(st.integers(0, len(whole) - 1))
     damaged = bytearray(whole)
     damaged[position] ^= 1 << data.draw(st.integers(0, 7))
 
+    assert refused_or_harmless(path, bytes(damaged))
+
+
+@pytest.mark.parametrize("name", sorted(tensors(SAVED)))
+def test_a_flipped_bit_in_a_tensor_is_refused(tmp_path, whole, name):
+    """Every byte of every tensor is under a checksum."""
+    value = tensors(SAVED)[name]
+    stored = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if not stored:
+        return
+    assert whole.count(stored) >= 1
+
+    for position in range(len(stored)):
+        damaged = bytearray(whole)
+        damaged[whole.index(stored) + position] ^= 1 << position % 8
+        assert refused(tmp_path / "last.pt", bytes(damaged))
+
+
+@given(data=st.data())
+def test_any_flipped_bit_of_an_old_checkpoint_is_refused(tmp_path_factory, whole, data):
+    """Version 0.1.0 wrote a checksum of the whole file behind it; also in that line itself."""
+    path = tmp_path_factory.getbasetemp() / "old.pt"
+    damaged = bytearray(with_trailer(whole))
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+
     assert refused(path, bytes(damaged))
+    assert refused(path, with_trailer(whole)[: -data.draw(st.integers(1, 71))])
+
+
+def test_an_old_checkpoint_is_read(tmp_path, whole):
+    """With its trailer."""
+    (tmp_path / "last.pt").write_bytes(with_trailer(whole))
+
+    assert load_checkpoint(tmp_path / "last.pt")["facts"] == SAVED["facts"]
 
 
 @given(data=st.data())
 def test_any_missing_or_added_bytes_are_refused(tmp_path_factory, whole, data):
-    """Cut anywhere, a stretch lost in the middle, something appended."""
+    """Cut anywhere, a stretch lost in the middle, something put before or behind."""
     path = tmp_path_factory.getbasetemp() / "missing.pt"
     first = data.draw(st.integers(0, len(whole) - 1))
     last = data.draw(st.integers(first + 1, len(whole)))
@@ -121,11 +181,22 @@ def test_any_missing_or_added_bytes_are_refused(tmp_path_factory, whole, data):
     assert refused(path, whole[:first])
     assert refused(path, whole[:first] + whole[last:])
     assert refused(path, whole + whole[first:last])
+    assert refused(path, whole[first:last] + whole)
+
+
+@given(data=st.data())
+def test_a_block_of_zeros_gives_no_other_values(tmp_path_factory, whole, data):
+    """As a disk leaves it that lost a write."""
+    path = tmp_path_factory.getbasetemp() / "zeros.pt"
+    first = data.draw(st.integers(0, len(whole) - 1))
+    last = data.draw(st.integers(first + 1, len(whole)))
+
+    assert refused_or_harmless(path, whole[:first] + bytes(last - first) + whole[last:])
 
 
 @pytest.mark.parametrize("data", [b"", b"\nsha256:", b"hello", bytes(1000)])
-def test_what_is_no_checkpoint_is_refused(tmp_path, data):
-    """Also where it is shorter than a checksum."""
+def test_what_is_not_a_checkpoint_is_refused(tmp_path, data):
+    """Also where it is shorter than the end of an archive."""
     assert refused(tmp_path / "last.pt", data)
 
 
@@ -279,7 +350,7 @@ def test_without_last_the_newest_step_is_used(tmp_path):
     assert load_newest(tmp_path, warn=pytest.fail)["step"] == 20
 
 
-def test_without_a_whole_checkpoint_it_says_how_to_start_afresh(tmp_path):
+def test_without_a_whole_checkpoint_it_says_how_to_start_from_scratch(tmp_path):
     """After a warning for each that there is."""
     save_steps(tmp_path, [10])
     damage(tmp_path / "last.pt")
@@ -290,6 +361,6 @@ def test_without_a_whole_checkpoint_it_says_how_to_start_afresh(tmp_path):
 
     assert str(error.value) == (
         f"{tmp_path}: holds no whole checkpoint to resume from. "
-        "Start afresh with --overwrite, or in another folder with --out."
+        "Start from scratch with --overwrite, or in another folder with --out."
     )
     assert len(warnings) == 2

@@ -1,4 +1,4 @@
-"""Mixing as timm mixes, normalising as torchvision normalises, and batches left as they are."""
+"""Mixing as timm mixes, normalizing as torchvision normalises, and batches left as they are."""
 
 from unittest.mock import patch
 
@@ -12,8 +12,8 @@ from torchvision.transforms.v2 import functional as torchvision
 
 from wds_convnext.rng import derive_key
 from wds_convnext.stream.stream import Batch
+from wds_convnext.stream.transforms import IMAGENET_MEAN, IMAGENET_STD
 from wds_convnext.training.augment import MixDraw, Mixer, Normalizer, prefetch_to_device
-from wds_convnext.training.model import IMAGENET_MEAN, IMAGENET_STD
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 7
@@ -226,7 +226,7 @@ def test_a_draw_is_a_function_of_its_key():
     assert len(set(draws)) == len(keys)
 
 
-def test_normalising_is_torchvisions():
+def test_normalizing_is_torchvisions():
     """(x / 255 - mean) / std for every byte; float32 rounding of numbers up to 3 apart."""
     images = torch.arange(256, dtype=torch.uint8).repeat(3, 1).view(1, 3, 16, 16)
     normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, CPU)
@@ -240,7 +240,7 @@ def test_normalising_is_torchvisions():
 
 
 def test_undoing_gives_the_image_back():
-    """Fractions of 255, and the images that were normalised stay as they are."""
+    """Fractions of 255, and the images that were normalized stay as they are."""
     images = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
     before = images.clone()
     normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, CPU)

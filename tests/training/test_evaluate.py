@@ -110,7 +110,7 @@ def test_the_batch_size_does_not_change_the_result(batch_size):
 
 
 class BlankIsNan(FirstPixels):
-    """Gives NaN for a blank image, as a model that normalises each image may."""
+    """Gives NaN for a blank image, as a model that normalizes each image may."""
 
     def forward(self, images):
         logits = super().forward(images)

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.training.checkpoint import save_checkpoint
-from wds_convnext.training.model import WeightAverage, check_image_size, create_model, init_from
+from wds_convnext.training.ema import WeightAverage
+from wds_convnext.training.model import check_image_size, create_model, init_from
 
 HEAD = ["head.fc.weight", "head.fc.bias"]
 

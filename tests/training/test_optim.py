@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wds_convnext.training import adamp as optim
-from wds_convnext.training.adamp import AdamP, lr_at, parameter_groups, scaled_lr
+from wds_convnext.training.adamp import AdamP, parameter_groups
+from wds_convnext.training.schedule import lr_at, scaled_lr
 
 # Every number of dimensions, pairs of one shape, and dimensions of size one.
 SHAPES = [(), (), (7,), (7,), (1,), (3, 5), (3, 5), (9, 1), (1, 9), (2, 3, 4), (1, 1)]

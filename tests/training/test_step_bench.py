@@ -11,8 +11,7 @@ import torch
 from click.testing import CliRunner
 from conftest import HANG_S
 
-from wds_convnext.training.build import Compute
-from wds_convnext.training.distributed import World
+from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.monitor import DeviceTimer
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench" / "bench_step.py"
@@ -111,10 +110,10 @@ def test_ours_is_given_the_same_pixels_as_the_others_in_our_loaders_format(conte
     """channels_last for ours, as PyTorch's loaders make them for the others."""
     given = []
     monkeypatch.setattr(contenders, "train_step", lambda state, batches, **_: given.extend(batches))
-    compute = Compute(World(), torch.device("cpu"), "off")
-    setting = contenders.Setting("test_convnext", 4, 32, compute)
+    machine = Machine(World(), torch.device("cpu"), "off")
+    setting = contenders.Setting("test_convnext", 4, 32, machine)
 
-    contenders.our_step(setting, DeviceTimer(compute.device))()
+    contenders.our_step(setting, DeviceTimer(machine.device))()
 
     [ours], others = given, setting.host_batches()[0]
     assert torch.equal(ours.images, others.images)

@@ -34,11 +34,10 @@ from wds_convnext.config import TrainConfig
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
-from wds_convnext.stream.transforms import TrainTransform
-from wds_convnext.training.adamp import lr_at
-from wds_convnext.training.build import Compute, build_recipe, build_state
-from wds_convnext.training.distributed import World
-from wds_convnext.training.step import train_step
+from wds_convnext.stream.transforms import Preprocessing, TrainTransform
+from wds_convnext.training.distributed import Machine, World
+from wds_convnext.training.schedule import lr_at
+from wds_convnext.training.step import build_recipe, build_state, train_step
 
 OFF = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "label_smoothing": 0.0}
 
@@ -79,15 +78,22 @@ def losses_of(
     change: Callable[[torch.nn.Module], None] | None = None,
 ) -> list[float]:
     """The losses of one run over the batches."""
-    compute = Compute(World(), torch.device("cpu"), amp)
+    machine = Machine(World(), torch.device("cpu"), amp)
     if is_timms:
-        with patch("wds_convnext.training.build.create_model", timms_model):
-            state, _ = build_state(config, num_classes, compute)
+        with patch("wds_convnext.training.step.create_model", timms_model):
+            state, _ = build_state(config, num_classes=num_classes, machine=machine)
     else:
-        state, _ = build_state(config, num_classes, compute)
+        state, _ = build_state(config, num_classes=num_classes, machine=machine)
     if change:
         change(state.model)
-    recipe = replace(build_recipe(config, state, num_classes, compute), seed=0)
+    recipe = build_recipe(
+        config,
+        state,
+        num_classes=num_classes,
+        machine=machine,
+        preprocessing=Preprocessing(config.image_size),
+    )
+    recipe = replace(recipe, seed=0)
     schedule = {"lr": config.lr, "warmup_lr": config.warmup_lr, "min_lr": config.min_lr}
     schedule |= {"total_steps": 20 * len(batches), "warmup_steps": len(batches) // 5}
     return [

@@ -48,8 +48,7 @@ from bench_step_contenders import (
     timm_step,
 )
 
-from wds_convnext.training.build import Compute, choose_amp
-from wds_convnext.training.distributed import World
+from wds_convnext.training.distributed import Machine, World, choose_amp
 from wds_convnext.training.model import create_model
 from wds_convnext.training.monitor import peak_flops, training_flops
 
@@ -89,7 +88,7 @@ def summarise(contender: Contender, ours: Contender, setting: Setting, flops: in
     optimizer_ms = statistics.median(contender.optimizer_ms) if contender.optimizer_ms else None
     images_per_s = 1e3 * setting.batch_size / step_ms
     peak = None
-    if setting.device.type == "cuda" and setting.compute.amp != "off":
+    if setting.device.type == "cuda" and setting.machine.amp != "off":
         peak = peak_flops(torch.cuda.get_device_name(setting.device))
     paired = zip(contender.step_ms, ours.step_ms)
     return row | {
@@ -200,7 +199,7 @@ def measure_setting(
         "batch_size": setting.batch_size,
         "image_size": setting.image_size,
         "flops_per_image": flops,
-        "compiled": setting.compute.compiled,
+        "compiled": setting.machine.compiled,
         "rows": [summarise(one, known["ours"], setting, flops) for one in chosen],
     }
 
@@ -241,16 +240,16 @@ def main(
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     compile = on_gpu if compile is None else compile
-    compute = Compute(World(), device, choose_amp("auto", device), compile)
+    machine = Machine(World(), device, choose_amp("auto", device), compile)
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    about = f"{name}, torch {torch.__version__}, timm {timm.__version__}, {compute.amp}"
+    about = f"{name}, torch {torch.__version__}, timm {timm.__version__}, {machine.amp}"
     report = {"device": name, "about": about, "results": []}
     for model, batch_size in itertools.product(
         models or (("convnext_base", "convnext_tiny") if on_gpu else ("test_convnext",)),
         batch_sizes or ((160, 384) if on_gpu else (16,)),
     ):
         result = measure_setting(
-            Setting(model, batch_size, image_size or (224 if on_gpu else 32), compute),
+            Setting(model, batch_size, image_size or (224 if on_gpu else 32), machine),
             [name.strip() for name in contenders.split(";")] if contenders else None,
             shards=shards,
             workers=workers,

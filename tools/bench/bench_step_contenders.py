@@ -26,11 +26,11 @@ from wds_convnext.config import TrainConfig
 from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, make_loader
-from wds_convnext.stream.transforms import TrainTransform
+from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 from wds_convnext.training.augment import prefetch_to_device
-from wds_convnext.training.build import Compute, build_recipe, build_state
+from wds_convnext.training.distributed import Machine
 from wds_convnext.training.monitor import DeviceTimer
-from wds_convnext.training.step import train_step
+from wds_convnext.training.step import build_recipe, build_state, train_step
 
 NUM_CLASSES = 100
 DROP_PATH_RATE = 0.2
@@ -44,11 +44,11 @@ class Setting:
     model: str
     batch_size: int
     image_size: int
-    compute: Compute
+    machine: Machine
 
     @property
     def device(self) -> torch.device:
-        return self.compute.device
+        return self.machine.device
 
     def host_batches(self, memory_format=torch.contiguous_format) -> list[Batch]:
         """A few different uint8 batches, in memory that a GPU copies from directly.
@@ -71,7 +71,7 @@ class Setting:
         return batches
 
     def compile(self, model: nn.Module) -> Callable:
-        return torch.compile(model) if self.compute.compiled else model
+        return torch.compile(model) if self.machine.compiled else model
 
 
 def article_step(setting: Setting, timer: DeviceTimer) -> Callable[[], None]:
@@ -115,7 +115,7 @@ def article_step(setting: Setting, timer: DeviceTimer) -> Callable[[], None]:
 
 def timm_step(setting: Setting, timer: DeviceTimer, **optimizer_options) -> Callable[[], None]:
     """The update of timm's train.py, one process, without accumulation."""
-    device, autocast = setting.device, setting.compute.autocast
+    device, autocast = setting.device, setting.machine.autocast
     mixup = Mixup(**MIX, num_classes=NUM_CLASSES)
     model = timm.create_model(
         setting.model, num_classes=NUM_CLASSES, drop_path_rate=DROP_PATH_RATE
@@ -153,8 +153,14 @@ def our_step(
     config = TrainConfig(
         model=setting.model, image_size=setting.image_size, batch_size=setting.batch_size
     )
-    state, _ = build_state(config, NUM_CLASSES, setting.compute)
-    recipe = build_recipe(config, state, NUM_CLASSES, setting.compute)
+    state, _ = build_state(config, num_classes=NUM_CLASSES, machine=setting.machine)
+    recipe = build_recipe(
+        config,
+        state,
+        num_classes=NUM_CLASSES,
+        machine=setting.machine,
+        preprocessing=Preprocessing(config.image_size),
+    )
     recipe = replace(recipe, optimizer_timer=timer)
     if compile_optimizer:
         state.optimizer.step = torch.compile(state.optimizer.step, fullgraph=True)

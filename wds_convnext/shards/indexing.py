@@ -3,12 +3,11 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from wds_convnext.errors import ShardError
-from wds_convnext.files import sync_folder
+from wds_convnext.files import replacing
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.index import MAGIC, IndexFile, encode_footer, open_index
@@ -63,20 +62,10 @@ def cache_path(shards: Sequence[Shard]) -> str:
     return os.path.join(base, "wds_convnext", f"{key}.index")
 
 
-def write_pieces(path: str, pieces: Iterator[bytes]) -> None:
+def write_pieces(path: str, pieces: Iterable[bytes]) -> None:
     """Write a file piece by piece, so that it is either whole or as it was."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path)
+    with replacing(path) as file:
+        file.writelines(pieces)
 
 
 def _pieces(

@@ -15,11 +15,11 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import permutations
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,10 +27,87 @@ import torch
 from wds_convnext.shards.decode import Box, decode_rgb
 from wds_convnext.shards.image import ImageError, check_num_pixels
 
-__all__ = ["Box", "EvalTransform", "ImageError", "TrainTransform", "random_crop_box"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Box",
+    "EvalTransform",
+    "ImageError",
+    "Preprocessing",
+    "TrainTransform",
+    "random_crop_box",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_ATTEMPTS = 10
 _NUM_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become what a model takes: one value for training, evaluation and checkpoints.
+
+    A value that this version cannot make is refused with a ValueError: a model that was trained
+    on other pixels must not be evaluated on these.
+    """
+
+    image_size: int = 224
+    crop_ratio: float = 0.875  # of evaluation, in (0, 1]: Resize(256), CenterCrop(224)
+    crop_mode: str = "center"
+    interpolation: str = "bilinear"
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of red, green, blue in [0, 1]
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "crop_mode": ("center",),
+        "interpolation": ("bilinear",),  # antialiased
+    }
+
+    def __post_init__(self):
+        for name, known in self.CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}"
+                )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}: expected three of each, std > 0")
+        if self.image_size < 1 or not 0 < self.crop_ratio <= 1:
+            raise ValueError(
+                f"image_size {self.image_size}, crop_ratio {self.crop_ratio}: expected at least "
+                "1, and more than 0 and at most 1"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in checkpoints."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Preprocessing":
+        """The value that `to_dict` stored, in this version or another; unknown keys are ignored.
+
+        Raises:
+            KeyError: if image size, mean or std are missing.
+            ValueError: if a value is not known here.
+        """
+        for name in ("image_size", "mean", "std"):
+            if name not in stored:
+                raise KeyError(name)
+        known = {f.name: stored[f.name] for f in fields(cls) if f.name in stored}
+        known |= {"mean": tuple(stored["mean"]), "std": tuple(stored["std"])}
+        if known.get("interpolation") == "bilinear, antialiased":  # as version 0.1.0 wrote it
+            known["interpolation"] = "bilinear"
+        return cls(**known)
+
+    def train_transform(self, **options) -> "TrainTransform":
+        """The transform for training; options are the other arguments of `TrainTransform`."""
+        return TrainTransform(self.image_size, interpolation=self.interpolation, **options)
+
+    def eval_transform(self) -> "EvalTransform":
+        return EvalTransform(
+            self.image_size, crop_ratio=self.crop_ratio, interpolation=self.interpolation
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +123,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5  # probability
+    interpolation: str = "bilinear"
     NUM_DRAWS: ClassVar[int] = _NUM_CROP_DRAWS + 5
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
@@ -60,7 +138,7 @@ class TrainTransform:
 
     def resize(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
         """The crop in its final size, flipped or not."""
-        image = _resize(pixels_HWC, self.image_size, self.image_size)
+        image = _resize(pixels_HWC, self.image_size, self.image_size, self.interpolation)
         return image.flip(-1) if draws[_NUM_CROP_DRAWS] < self.hflip else image
 
     def jitter(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
@@ -81,13 +159,14 @@ class EvalTransform:
 
     image_size: int = 224
     crop_ratio: float = 0.875  # in (0, 1]
+    interpolation: str = "bilinear"
     NUM_DRAWS: ClassVar[int] = 0
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> torch.Tensor:
         pixels = decode_rgb(data)
         height, width = _resized_size(*pixels.shape[:2], round(self.image_size / self.crop_ratio))
         check_num_pixels(height, width)  # a strip of 1x60,000 would become 256x15,360,000
-        image = _resize(pixels, height, width)
+        image = _resize(pixels, height, width, self.interpolation)
         top = round((height - self.image_size) / 2)
         left = round((width - self.image_size) / 2)
         return image[:, top : top + self.image_size, left : left + self.image_size]
@@ -137,11 +216,11 @@ def _resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return short_side, int(short_side * width / height)
 
 
-def _resize(pixels_HWC: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Bilinear, antialiased; uint8 (3, height, width), a pixel's three bytes side by side."""
+def _resize(pixels_HWC: np.ndarray, height: int, width: int, mode: str) -> torch.Tensor:
+    """Antialiased; uint8 (3, height, width), a pixel's three bytes side by side."""
     pixels_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(
-        pixels_1CHW, size=(height, width), mode="bilinear", antialias=True
+        pixels_1CHW, size=(height, width), mode=mode, antialias=True
     )[0]
 
 

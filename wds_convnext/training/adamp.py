@@ -1,8 +1,8 @@
-"""AdamP that never waits for the device, parameter groups, and the learning rate of a step.
+"""AdamP that never waits for the device, and the parameter groups of a model.
 
 timm's AdamP loops over tensors and branches twice per tensor on a value that lies on the device.
 Here the branch is a `torch.where`, and tensors of one shape are updated together: a step of
-convnext_base is 1,920 operations and no synchronisation (timm: 6,601 and 226).
+convnext_base is 1,920 operations and no synchronization (timm: 6,601 and 226).
 
 On a CPU, where the branch costs nothing and saves work, timm is faster. CPU time of a step, one
 thread, torch 2.15, the tensors of convnext_atto (n = 20) and convnext_tiny (n = 5), medians in ms:
@@ -33,7 +33,7 @@ MAX_STACK_DEFAULT = 2**24
 
 
 class AdamP(Optimizer):
-    """timm's AdamP, batched and without a host synchronisation.
+    """timm's AdamP, batched and without a host synchronization.
 
     Arguments, defaults, group keys and state dicts are timm's. In eager float32 on one CPU
     thread the results are timm's bit for bit; more threads or a compiler change the order of
@@ -271,41 +271,3 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
     ]
-
-
-def lr_at(
-    step: int,
-    *,
-    lr: float,
-    total_steps: int,
-    warmup_steps: int,
-    warmup_lr: float,
-    min_lr: float,
-) -> float:
-    """Learning rate of step 0 <= step < total_steps: a linear warm-up, then a cosine.
-
-    It is `warmup_lr` at step 0, `lr` at step `warmup_steps`, `min_lr` at step total_steps - 1,
-    each exactly. With no warm-up step 0 has `lr`; a cosine of a single step is `lr`; a run that
-    ends within its warm-up stays on the ramp. Later steps keep `min_lr`.
-    """
-    if step < warmup_steps:
-        return warmup_lr + (lr - warmup_lr) * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
-    weight = 0.5 * (1 + math.cos(math.pi * progress))
-    return weight * lr + (1 - weight) * min_lr
-
-
-def scaled_lr(lr: float, *, rule: str, global_batch_size: int, reference_batch_size: int) -> float:
-    """The learning rate for `global_batch_size`, given the one for `reference_batch_size`.
-
-    Args:
-        rule: "none" keeps `lr`; "linear" and "sqrt" scale it with the ratio of the batch sizes
-            (arXiv:1706.02677, arXiv:1404.5997).
-    Raises:
-        ValueError: if the rule is another.
-    """
-    ratio = global_batch_size / reference_batch_size
-    factors = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
-    if rule not in factors:
-        raise ValueError(f"learning-rate rule {rule!r}: expected one of {', '.join(factors)}.")
-    return lr * factors[rule]

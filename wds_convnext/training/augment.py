@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: copy, normalise, mix.
+"""What happens to a batch on the device: copy, normalize, mix.
 
 Mixing follows timm's Mixup in batch mode: image i is blended with image B-1-i, or a box of it is
 pasted in. Its numbers are drawn on the host from (seed, step, micro-batch, rank), so nothing has
@@ -62,7 +62,7 @@ class Normalizer:
         return floats.contiguous(memory_format=torch.channels_last)
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images -> float in [0, 1], for looking at."""
+        """Normalized images -> float in [0, 1], for looking at."""
         return ((images - self.shift) / (self.scale * 255)).clamp(0, 1)
 
 
@@ -115,9 +115,9 @@ class Mixer:
             return MixDraw(float(rng.beta(self.mixup_alpha, self.mixup_alpha)))
         share = rng.beta(self.cutmix_alpha, self.cutmix_alpha)
         side = int(image_size * np.sqrt(1 - share))
-        centre_y, centre_x = rng.integers(0, image_size, size=2)
-        top, bottom = np.clip([centre_y - side // 2, centre_y + (side + 1) // 2], 0, image_size)
-        left, right = np.clip([centre_x - side // 2, centre_x + (side + 1) // 2], 0, image_size)
+        center_y, center_x = rng.integers(0, image_size, size=2)
+        top, bottom = np.clip([center_y - side // 2, center_y + (side + 1) // 2], 0, image_size)
+        left, right = np.clip([center_x - side // 2, center_x + (side + 1) // 2], 0, image_size)
         share = 1 - (bottom - top) * (right - left) / image_size**2
         return MixDraw(float(share), (int(top), int(bottom), int(left), int(right)))
 

@@ -1,17 +1,24 @@
-"""Rank, world size, sums over ranks, and agreeing on a step to stop at.
+"""The processes of a run and their devices, sums over ranks, and agreeing on a step to stop at.
 
 Everything here is the identity in one process. Under torchrun, votes travel over a gloo group of
 their own, so that agreeing never waits for the device.
 """
 
 import os
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from wds_convnext.errors import UsageError
+from wds_convnext.stream.loader import STOP_SIGNALS
+
+STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,21 @@ class World:
     def is_main(self) -> bool:
         """Whether this is the one process that writes files and talks."""
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a model is computed, seen from one process."""
+
+    world: World
+    device: torch.device
+    amp: str  # off, bf16 or fp16
+    compiled: bool = False
+
+    @property
+    def autocast(self) -> Callable:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
+        return partial(torch.autocast, self.device.type, dtype=dtype) if dtype else nullcontext
 
 
 def join_world(device_name: str, *, timeout_s: float = 600) -> tuple[World, torch.device]:
@@ -76,6 +98,21 @@ def _choose_device(name: str, world: World) -> torch.device:
     return device
 
 
+def choose_amp(amp: str, device: torch.device) -> str:
+    """`off`, `bf16` or `fp16`.
+
+    Raises:
+        UsageError: if the device cannot do it.
+    """
+    if amp == "auto":
+        if device.type != "cuda":
+            return "off"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp == "fp16" and device.type != "cuda":
+        raise UsageError(f"--amp fp16 needs CUDA, found {device.type}. Use bf16 or off.")
+    return amp
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone or did not come."""
     told = str(error)
@@ -117,6 +154,26 @@ def barrier(world: World) -> None:
     """Wait until every rank is here."""
     if world.size > 1:
         dist.all_reduce(torch.zeros(1))
+
+
+class StopRequest:
+    """Within this context the first stop signal is only noted; a second one acts at once."""
+
+    def __init__(self):
+        self.signal_name: str | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame) -> None:
+        self.signal_name = signal.Signals(signum).name
+        for again in STOP_SIGNALS:
+            signal.signal(again, signal.SIG_DFL)
 
 
 class StopVote:

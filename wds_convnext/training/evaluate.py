@@ -1,15 +1,21 @@
 """Exact evaluation: every sample once, on any number of ranks, the padding never counted."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
 from wds_convnext.errors import DataError
-from wds_convnext.stream.stream import Batch
-from wds_convnext.training.distributed import World, sum_over_ranks
+from wds_convnext.progress import track
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.stream.order import EvalOrder
+from wds_convnext.stream.stream import Batch, ShardStream
+from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.training.augment import Normalizer
+from wds_convnext.training.distributed import Machine, World, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,9 @@ class EvalResult:
     def top1_interval(self) -> tuple[float, float]:
         """The 95 % interval of top1 (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
         z, n = 1.959964, self.num_samples
-        centre = (self.top1 + z * z / (2 * n)) / (1 + z * z / n)
+        center = (self.top1 + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(self.top1 * (1 - self.top1) / n + (z / n) ** 2 / 4)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return max(0.0, center - half), min(1.0, center + half)
 
 
 @torch.no_grad()
@@ -63,3 +69,71 @@ def _count(logits: torch.Tensor, labels: torch.Tensor, is_real: torch.Tensor) ->
     losses = F.cross_entropy(logits, labels, reduction="none").masked_fill(~is_real, 0)
     columns = [hits[:, 0], hits.any(dim=1), losses, is_real]
     return torch.stack([column.to(dtype).sum() for column in columns])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How models are evaluated on one split: this rank's batches of it, and on what device."""
+
+    stream: ShardStream
+    normalizer: Normalizer
+    machine: Machine
+    max_bad_samples: float = 0.0  # share of the split that may fail to decode
+
+    def run(self, forward: Callable, batches: Iterator[Batch]) -> EvalResult:
+        """Evaluate a model on the stream's batches, which are taken from `batches`.
+
+        Args:
+            forward: the model; it is put into evaluation mode.
+            batches: on the device. As many are taken as the stream has, so that it may be a
+                training loader's with validations in their place.
+        Raises:
+            DataError: if too many samples do not decode.
+        """
+        shown = track(
+            islice(batches, self.stream.stop),
+            f"Evaluating {self.stream.dataset.split}",
+            unit="batches",
+            total=self.stream.stop,
+            quiet=not self.machine.world.is_main,
+        )
+        return evaluate(
+            forward,
+            self._with_few_bad_samples(shown),
+            normalizer=self.normalizer,
+            autocast=self.machine.autocast,
+            world=self.machine.world,
+        )
+
+    def _with_few_bad_samples(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        num_bad, allowed = 0, self.max_bad_samples * len(self.stream.dataset)
+        for batch in batches:
+            num_bad += len(batch.bad_samples)
+            if num_bad > allowed:
+                bad = batch.bad_samples[0]
+                raise DataError(
+                    f"{bad['shard']}, key {bad['key']}: {bad['reason']} Write the shard again, or "
+                    "leave such samples out of the result with --max-bad-samples."
+                )
+            yield batch
+
+
+def open_evaluation(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    preprocessing: Preprocessing,
+    machine: Machine,
+    max_bad_samples: float = 0.0,
+) -> Evaluation:
+    """The evaluation of every sample of a split once, over all ranks."""
+    stream = ShardStream(
+        dataset,
+        EvalOrder(dataset.sizes),
+        batch_size=batch_size,
+        transform=preprocessing.eval_transform(),
+        rank=machine.world.rank,
+        world_size=machine.world.size,
+    )
+    normalizer = Normalizer(preprocessing.mean, preprocessing.std, machine.device)
+    return Evaluation(stream, normalizer, machine, max_bad_samples)

@@ -1,11 +1,9 @@
-"""What a run reports: sums kept on the device, and the lines, scalars and bars made of them."""
+"""What a run reports: lines, scalars, images and a progress bar."""
 
 import json
-import math
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -22,79 +20,6 @@ READINGS = {
     "train/optimizer_ms": "optimizer={:.1f}ms",
     "train/memory_gb": "{:.2f} GB",
 }
-
-
-@dataclass(frozen=True)
-class Interval:
-    """What the host reads of the steps since it last read."""
-
-    loss: float  # mean over the steps that were not skipped; NaN if all were
-    grad_norm: float  # likewise
-    epoch_loss: float  # mean over the epoch's steps so far
-    num_steps: int  # skipped ones included
-    num_skipped: int
-    last_failed: int  # the last step that was not finite, -1 if there was none in the run
-    failed_step: int  # the step that froze the run, -1 if it is not frozen
-
-
-class StepSums:
-    """Sums over steps, on the device, so that a step never waits for the host to read them."""
-
-    def __init__(self, device: torch.device):
-        self.interval = torch.zeros(3, device=device)  # loss, gradient norm, steps not skipped
-        self.epoch = torch.zeros(2, device=device)  # loss, steps not skipped
-        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)  # of the interval
-        self.failed_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.last_failed = torch.full((), -1, dtype=torch.int64, device=device)
-        self.failed_step = torch.full((), -1, dtype=torch.int64, device=device)
-
-    @property
-    def frozen(self) -> torch.Tensor:
-        """0-d bool: whether too many steps failed, so that nothing may change any more."""
-        return self.failed_step >= 0
-
-    def note_failure(self, failed: torch.Tensor, step: int, *, max_skips: int) -> None:
-        """Count a step where `failed` (0-d bool); freeze at the first one over `max_skips`."""
-        self.failed_in_a_row = torch.where(failed, self.failed_in_a_row + 1, 0)
-        self.last_failed = torch.where(failed, step, self.last_failed)
-        first_over = (self.failed_in_a_row > max_skips) & ~self.frozen
-        self.failed_step = torch.where(first_over, step, self.failed_step)
-
-    def add(self, *, loss: torch.Tensor, grad_norm: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Add a step's numbers; of one that is skipped (0-d bool) nothing but the count."""
-        one = torch.ones_like(loss)
-        self.interval += torch.where(skipped, 0, torch.stack([loss, grad_norm, one]))
-        self.epoch += torch.where(skipped, 0, torch.stack([loss, one]))
-        self.num_skipped += skipped
-
-    def read(self) -> Interval:
-        """The interval's means and counts; here, and at an epoch's end, the host waits."""
-        sums = torch.cat([self.interval, self.epoch]).tolist()
-        loss, grad_norm, num_added, epoch_loss, epoch_steps = sums
-        counts = torch.stack([self.num_skipped, self.last_failed, self.failed_step]).tolist()
-        return Interval(
-            loss=loss / num_added if num_added else math.nan,
-            grad_norm=grad_norm / num_added if num_added else math.nan,
-            epoch_loss=epoch_loss / epoch_steps if epoch_steps else math.nan,
-            num_steps=int(num_added) + counts[0],
-            num_skipped=counts[0],
-            last_failed=counts[1],
-            failed_step=counts[2],
-        )
-
-    def start_interval(self) -> None:
-        self.interval.zero_()
-        self.num_skipped.zero_()
-
-    def start_epoch(self) -> None:
-        self.epoch.zero_()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: value.clone() for name, value in vars(self).items()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            getattr(self, name).copy_(value)
 
 
 class Stopwatch:

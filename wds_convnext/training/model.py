@@ -1,17 +1,14 @@
-"""Models by timm's names, starting weights, compilation, and the moving average of weights."""
+"""Models by timm's names, their starting weights, and compilation."""
 
-import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from wds_convnext.errors import CheckpointError, UsageError, did_you_mean
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile's, DistributedDataParallel's
 
 
@@ -144,46 +141,3 @@ def _read_weights(path: str) -> dict[str, torch.Tensor]:
     for state in wrapped or [content]:
         weights |= {_WRAPPERS.sub("", str(key)): value for key, value in state.items()}
     return {key: value for key, value in weights.items() if torch.is_tensor(value)}
-
-
-class WeightAverage:
-    """An exponential moving average of a model's parameters, updated on the device without reads.
-
-    Buffers are not averaged: they belong to the running model.
-    """
-
-    def __init__(self, model: nn.Module, *, decay: float):
-        self.decay = decay
-        self.names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
-        self._average = [p.detach().clone() for p in self._parameters]
-
-    @torch.no_grad()
-    def update(self, *, frozen: torch.Tensor) -> None:
-        """Move towards the model's weights; not at all where the 0-d flag `frozen` is set."""
-        weight = (1 - self.decay) * (1 - frozen.float())
-        # Not _foreach_lerp_: it takes a Python number, and would read `frozen` to get one.
-        moves = torch._foreach_sub(self._parameters, self._average)
-        torch._foreach_mul_(moves, weight)
-        torch._foreach_add_(self._average, moves)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the model computes with the averaged weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        running = [p.detach().clone() for p in self._parameters]
-        torch._foreach_copy_(self._parameters, self._average)
-        torch._foreach_copy_(self._average, running)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(zip(self.names, self._average))
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        torch._foreach_copy_(self._average, [state[name] for name in self.names])

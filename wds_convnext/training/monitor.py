@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from wds_convnext.stream.stream import Batch
+from wds_convnext.training.distributed import Machine
 
 # Dense TFLOP/s in half precision with float32 accumulation, from NVIDIA's data sheets.
 PEAK_TFLOPS = {
@@ -115,6 +115,21 @@ class Gauges:
         return {name: value for name, value in readings.items() if value is not None}
 
 
+def build_gauges(
+    model: nn.Module, *, image_size: int, machine: Machine, timer: DeviceTimer
+) -> Gauges:
+    """What a run's speed is held against; a peak is known for half precision on some GPUs."""
+    peak = None
+    if machine.device.type == "cuda" and machine.amp != "off":
+        peak = peak_flops(torch.cuda.get_device_name(machine.device))
+    return Gauges(
+        training_flops(model, image_size),
+        peak=peak,
+        num_devices=machine.world.size,
+        optimizer_timer=timer,
+    )
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes this process has held: of tensors on a GPU, else of everything in RAM."""
     if device.type == "cuda":
@@ -123,34 +138,18 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def profile_steps(
-    batches: Iterable[Batch],
-    path: Path,
-    *,
-    batches_per_step: int,
-    first_step: int = 5,
-    num_steps: int = 3,
-) -> Iterator[Batch]:
-    """Pass batches on, and write a Chrome trace of the steps that are made of some of them.
+@contextlib.contextmanager
+def tracing(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Write a Chrome trace of the sixth to eighth step; gives a function to call after each step.
 
     The first steps compile and settle, so they are left out. A run that ends within the traced
-    steps leaves what there is; close the iterator to have it written.
+    steps leaves what there is. Without a path nothing is traced.
     """
-    start, stop = first_step * batches_per_step, (first_step + num_steps) * batches_per_step
-    profiler = None
-    try:
-        for number, batch in enumerate(batches):
-            if number == start:
-                profiler = torch.profiler.profile()
-                profiler.start()
-            if number == stop:
-                profiler = _write_trace(profiler, path)
-            yield batch
-    finally:
-        if profiler is not None:
-            _write_trace(profiler, path)
-
-
-def _write_trace(profiler: torch.profiler.profile, path: Path) -> None:
-    profiler.stop()
-    profiler.export_chrome_trace(str(path))
+    if path is None:
+        yield lambda: None
+        return
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=3, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    ) as profiler:
+        yield profiler.step

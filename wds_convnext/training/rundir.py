@@ -1,4 +1,4 @@
-"""The folder of a run: finding it, refusing to spoil it, its checkpoints, its status.
+"""The folder of a run: choosing it, resuming from it, its checkpoints, its status.
 
 `runs/<name>/` holds config.toml, metrics.jsonl, bad_samples.jsonl, TensorBoard events, last.pt,
 best.pt, the newest step-*.pt, and status.json, which says why the run is not running.
@@ -6,23 +6,24 @@ best.pt, the newest step-*.pt, and status.json, which says why the run is not ru
 
 import contextlib
 import json
+import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError
-from wds_convnext.files import write_atomically
+from wds_convnext.files import replacing, sync_folder, temporary_name, write_atomically
 from wds_convnext.options import format_toml
-from wds_convnext.training.checkpoint import (
-    link_checkpoint,
-    load_checkpoint,
-    load_newest,
-    prune_steps,
-    save_checkpoint,
-)
+from wds_convnext.training.checkpoint import Facts, load_checkpoint, save_checkpoint
 from wds_convnext.training.distributed import World, broadcast_object
+
+if TYPE_CHECKING:
+    from wds_convnext.training.run import Run
 
 RUNS = Path("runs")
 _WRITTEN_BY_A_RUN = (
@@ -56,7 +57,70 @@ _FREE_OPTIONS = (
 )
 
 
-def choose(config: TrainConfig, world: World, *, warn: Callable) -> tuple[Path, dict | None]:
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run. Only the main rank writes to it."""
+
+    path: Path
+    world: World
+    keep: int = 2  # checkpoints by step's number that stay
+
+    def prepare(self, config: TrainConfig, *, fresh: bool) -> None:
+        """Make the folder ready: clear what a former run left there, write config.toml."""
+        if not self.world.is_main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in _files_of_a_run(self.path) if fresh else _half_written(self.path):
+                path.unlink()
+            write_atomically(self.path / "config.toml", format_toml(config).encode())
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.path}: {error.strerror}. Choose another folder."
+            ) from None
+
+    def save(self, name: str, run: "Run") -> None:
+        """Write checkpoint `last` or `best`; `last` also by its step's number."""
+        if not self.world.is_main:
+            return
+        content = {**run.state.state_dict(), "facts": run.facts.to_dict()}
+        if name == "last":
+            numbered = self.path / f"step-{run.state.step:09d}.pt"
+            save_checkpoint(numbered, content)
+            link_checkpoint(numbered, self.path / "last.pt")
+            prune_steps(self.path, keep=self.keep)
+        else:
+            save_checkpoint(self.path / f"{name}.pt", content)
+
+    @contextlib.contextmanager
+    def status(self, run: "Run") -> Iterator["Status"]:
+        """Within this context the run is running; status.json says so, and then how it ended."""
+        status = Status()
+        self._write_status(status="running", step=run.state.step)
+        try:
+            yield status
+        except BaseException as error:
+            reason = str(error) or type(error).__name__
+            self._write_status(status="failed", step=run.state.step, reason=reason)
+            raise
+        ended = "finished" if status.reason == "finished" else "stopped"
+        self._write_status(status=ended, step=run.state.step, reason=status.reason)
+
+    def _write_status(self, **content) -> None:
+        if self.world.is_main:
+            write_atomically(self.path / "status.json", json.dumps(content).encode() + b"\n")
+
+
+@dataclass
+class Status:
+    """Why a run ended: "finished", the name of a signal, or None while nothing is known."""
+
+    reason: str | None = None
+
+
+def choose(
+    config: TrainConfig, world: World, *, warn: Callable
+) -> tuple[RunDir, dict[str, Any] | None]:
     """The run's folder, and the checkpoint to resume from, if there is one to resume.
 
     Raises:
@@ -66,8 +130,9 @@ def choose(config: TrainConfig, world: World, *, warn: Callable) -> tuple[Path, 
     if config.resume is not None:
         folder, path = resumed_from(config.resume, config.out)
         if config.out and not path and not any(folder.glob("*.pt")):
-            return folder, None  # so that one command line serves for every start of a job
-        return folder, load_checkpoint(path) if path else load_newest(folder, warn=warn)
+            return RunDir(folder, world, config.keep), None  # one command for every start of a job
+        checkpoint = load_checkpoint(path) if path else load_newest(folder, warn=warn)
+        return RunDir(folder, world, config.keep), checkpoint
     named = time.strftime(f"{config.model}-%Y%m%d-%H%M%S")
     folder = Path(config.out) if config.out else RUNS / broadcast_object(named, world)
     if _files_of_a_run(folder) and not config.overwrite:
@@ -75,7 +140,7 @@ def choose(config: TrainConfig, world: World, *, warn: Callable) -> tuple[Path, 
             f"{folder}: already holds a run. Continue it with --resume {folder}, replace it with "
             "--overwrite, or choose another --out."
         )
-    return folder, None
+    return RunDir(folder, world, config.keep), None
 
 
 def resumed_from(resume: str, out: str | None) -> tuple[Path, Path | None]:
@@ -110,54 +175,64 @@ def best_checkpoint(named: str | None) -> Path:
     return path / "best.pt"
 
 
-def check_resumable(then: dict, now: dict, *, warn: Callable) -> None:
+def fit_to_checkpoint(config: TrainConfig, then: Facts, world: World) -> TrainConfig:
+    """The config with the batch per process that gives the checkpoint's global batch.
+
+    Raises:
+        CheckpointError: if the ranks do not divide it, or the options ask for another one.
+    """
+    global_batch_size = then.data.global_batch_size
+    if config.batch_size * config.accumulate * world.size == global_batch_size:
+        return config
+    batch_size, rest = divmod(global_batch_size, config.accumulate * world.size)
+    if rest or config.batch_size != then.batch_size:
+        raise CheckpointError(
+            f"--resume: the checkpoint's global batch is {global_batch_size}; {world.size} "
+            f"processes with --batch-size {config.batch_size} and --accumulate "
+            f"{config.accumulate} do not make it. Choose a product that does, or start from "
+            "scratch without --resume, in another --out."
+        )
+    return replace(config, batch_size=batch_size)
+
+
+def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
     """Compare what a checkpoint was trained on and with to what it is resumed with.
 
     Raises:
         CheckpointError: if the stream of samples or the model would be another.
     """
-    for what in ("model", "num_classes", "class_names"):
-        if then[what] != now[what]:
+    differences = list(then.differences(now))
+    for part, name, old, new in differences:
+        if part in ("model", "class_names"):
             raise CheckpointError(
-                f"--resume: the checkpoint is of {what} {_short(then[what])}, this run has "
-                f"{_short(now[what])}. Start afresh without --resume, in another --out."
+                f"--resume: the checkpoint is of {name} {_short(old)}, this run has "
+                f"{_short(new)}. Start from scratch without --resume, in another --out."
             )
-    if bool(then["config"]["ema_decay"]) != bool(now["config"]["ema_decay"]):
+        if name == "ema_decay" and bool(old) != bool(new):
+            raise CheckpointError(
+                f"--resume: the checkpoint has --ema-decay {old:g}, this run {new:g}: an average "
+                "cannot begin or end in mid-run. Resume with the same, or start from scratch "
+                "without --resume, in another --out."
+            )
+    of_data = [f"{d.name} {d.then} (now {d.now})" for d in differences if d.part == "data"]
+    if of_data:
         raise CheckpointError(
-            f"--resume: the checkpoint has --ema-decay {then['config']['ema_decay']:g}, this run "
-            f"{now['config']['ema_decay']:g}: an average cannot begin or end in mid-run. Resume "
-            "with the same, or start afresh without --resume, in another --out."
+            f"--resume: the checkpoint's stream of samples had {', '.join(of_data)}. Resume with "
+            "the same, or start from scratch without --resume, in another --out."
         )
-    differing = [key for key in then["data"] if then["data"][key] != now["data"].get(key)]
-    if differing:
-        told = ", ".join(f"{k} {then['data'][k]} (now {now['data'].get(k)})" for k in differing)
-        raise CheckpointError(
-            f"--resume: the checkpoint's stream of samples had {told}. Resume with the same, or "
-            "start afresh without --resume, in another --out."
-        )
-    for part, without in (("environment", ()), ("config", _FREE_OPTIONS)):
-        for key, value in then[part].items():
-            if key not in without and now[part].get(key) != value:
-                warn(
-                    f"Resuming with {key} {now[part].get(key)}, the checkpoint had {value}: "
-                    "the run goes on, but not bit for bit as it would have."
-                )
+    for part, name, old, new in differences:
+        # The image size is an option as well, and one warning is enough.
+        is_pixels = part == "preprocessing" and name != "image_size"
+        if is_pixels or part == "environment" or (part == "config" and name not in _FREE_OPTIONS):
+            warn(
+                f"Resuming with {name} {new}, the checkpoint had {old}: "
+                "the run goes on, but not bit for bit as it would have."
+            )
 
 
 def _short(value) -> str:
     text = str(value)
     return text if len(text) < 60 else text[:57] + "..."
-
-
-def prepare(folder: Path, config: TrainConfig, *, fresh: bool) -> None:
-    """Make the folder ready: clear what a former run left there, write config.toml."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in _files_of_a_run(folder) if fresh else _half_written(folder):
-            path.unlink()
-        write_atomically(folder / "config.toml", format_toml(config).encode())
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror}. Choose another folder.") from None
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:
@@ -166,46 +241,56 @@ def _files_of_a_run(folder: Path) -> list[Path]:
 
 
 def _half_written(folder: Path) -> list[Path]:
-    """Temporary files that a kill left behind."""
-    return [path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern + ".tmp")]
+    """Temporary files that a kill left behind; of version 0.1.0 too, whose names are shorter."""
+    return [
+        path
+        for pattern in _WRITTEN_BY_A_RUN
+        for suffix in (".tmp", ".????????.tmp")
+        for path in folder.glob(pattern + suffix)
+    ]
 
 
-def save(folder: Path, name: str, *, state, facts: dict, keep: int, world: World) -> None:
-    """Write checkpoint `last` or `best`; `last` also under its step's number, `keep` of these."""
-    if not world.is_main:
-        return
-    content = {**state.state_dict(), "facts": facts}
-    if name == "last":
-        numbered = folder / f"step-{state.step:09d}.pt"
-        save_checkpoint(numbered, content)
-        link_checkpoint(numbered, folder / "last.pt")
-        prune_steps(folder, keep=keep)
-    else:
-        save_checkpoint(folder / f"{name}.pt", content)
-
-
-@dataclass
-class Status:
-    """Why a run ended: "finished", the name of a signal, or None while nothing is known."""
-
-    reason: str | None = None
-
-
-@contextlib.contextmanager
-def status(folder: Path, state, world: World) -> Iterator[Status]:
-    """Within this context a run is running; status.json says so, and afterwards how it ended."""
-    status = Status()
-    _write_status(folder, world, status="running", step=state.step)
+def link_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Give a checkpoint a second name, atomically; it costs no space where links are known."""
+    temporary = temporary_name(target)
     try:
-        yield status
-    except BaseException as error:
-        told = str(error) or type(error).__name__
-        _write_status(folder, world, status="failed", step=state.step, reason=told)
-        raise
-    ended = "finished" if status.reason == "finished" else "stopped"
-    _write_status(folder, world, status=ended, step=state.step, reason=status.reason)
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        with open(source, "rb") as original, replacing(target) as copy:
+            shutil.copyfileobj(original, copy, 1 << 20)
+        return
+    os.replace(temporary, target)
+    # If both were names of one file already, a rename does nothing.
+    Path(temporary).unlink(missing_ok=True)
+    sync_folder(target)
 
 
-def _write_status(folder: Path, world: World, **content) -> None:
-    if world.is_main:
-        write_atomically(folder / "status.json", json.dumps(content).encode() + b"\n")
+def prune_steps(folder: str | os.PathLike, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints named by step (`step-000001000.pt`)."""
+    for path in step_checkpoints(folder)[keep:]:
+        path.unlink()
+
+
+def step_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run named by step, newest first."""
+    names = [p for p in Path(folder).glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
+    return sorted(names, reverse=True)
+
+
+def load_newest(folder: str | os.PathLike, *, warn: Callable) -> dict[str, Any]:
+    """The newest checkpoint of a run that is whole; damaged ones are passed over, with a warning.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    last = Path(folder) / "last.pt"
+    candidates = ([last] if last.exists() else []) + step_checkpoints(folder)
+    for path in candidates:
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"{error} Trying the one before it.")
+    raise CheckpointError(
+        f"{folder}: holds no whole checkpoint to resume from. "
+        "Start from scratch with --overwrite, or in another folder with --out."
+    )

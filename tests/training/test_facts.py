@@ -1,0 +1,236 @@
+"""What a checkpoint says about its run is read back, by this version and from others."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import make_batch, make_step, run_config
+
+from wds_convnext.config import EvalConfig
+from wds_convnext.errors import CheckpointError
+from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.stream.order import EvalOrder
+from wds_convnext.stream.stream import ShardStream
+from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
+from wds_convnext.training.checkpoint import DataFacts, Facts, load_checkpoint, save_checkpoint
+from wds_convnext.training.model import create_model
+from wds_convnext.training.run import evaluate_checkpoint, train
+from wds_convnext.training.rundir import check_resumable
+from wds_convnext.training.step import train_step
+
+OLD = Path(__file__).parents[1] / "fixtures" / "run_0_1_0" / "run" / "last.pt"
+FACTS = Facts(
+    model="convnext_base",
+    class_names=("ant", "bee"),
+    batch_size=4,
+    preprocessing=Preprocessing(32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)),
+    data=DataFacts("abc", seed=1, global_batch_size=8, shuffle_buffer=16, num_lanes=32),
+    dataset="pictures",
+    val_shards="/data/val.json",
+    environment={"torch": "2.15.0"},
+    config={"lr": 4e-3, "ema_decay": 0.0, "image_size": 32, "workers": 2},
+)
+
+
+def test_facts_read_back_as_they_were(tmp_path):
+    """Through a file, from which only plain values are read."""
+    save_checkpoint(tmp_path / "last.pt", {"facts": FACTS.to_dict()})
+
+    assert Facts.from_dict(load_checkpoint(tmp_path / "last.pt")["facts"]) == FACTS
+
+
+def test_facts_of_version_0_1_0_are_read():
+    """Every field of the run in the fixture; it is stored in today's shape but for pixels."""
+    stored = load_checkpoint(OLD)["facts"]
+
+    facts = Facts.from_dict(stored)
+
+    assert (facts.model, facts.num_classes, facts.batch_size) == ("tiny_convnext", 4, 4)
+    assert facts.preprocessing == Preprocessing(32)
+    assert facts.data == DataFacts("3d03c9d06a162f92", 7, 8, 8, 32)
+    assert facts.environment["wds_convnext"] == "0.1.0" and facts.config["epochs"] == 3
+    again = facts.to_dict()
+    assert again.keys() == stored.keys()
+    assert all(again[name] == stored[name] for name in stored.keys() - {"preprocessing"})
+
+
+def test_unknown_and_missing_facts_are_no_reason_to_refuse():
+    """What a newer version added, and what has a safe default."""
+    stored = FACTS.to_dict() | {"new": 1}
+    stored["data"] = stored["data"] | {"new": 2}
+    stored["preprocessing"] = stored["preprocessing"] | {"new": 3}
+    del stored["environment"], stored["config"], stored["val_shards"], stored["num_classes"]
+    del stored["preprocessing"]["crop_mode"], stored["preprocessing"]["interpolation"]
+
+    facts = Facts.from_dict(stored)
+
+    assert facts == replace(FACTS, environment={}, config={}, val_shards=None)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (None, "model"),
+        (None, "class_names"),
+        (None, "data"),
+        (None, "preprocessing"),
+        ("data", "seed"),
+        ("preprocessing", "mean"),
+        ("preprocessing", "image_size"),
+    ],
+)
+def test_a_fact_without_a_safe_default_is_missed_by_name(part, name):
+    """In one line: a guess would give wrong results."""
+    stored = copy.deepcopy(FACTS.to_dict())
+    del (stored[part] if part else stored)[name]
+
+    with pytest.raises(CheckpointError, match=f"say nothing of '{name}'"):
+        Facts.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("crop_mode", "squash"),
+        ("interpolation", "bicubic"),
+        ("std", [0.2, 0.2]),
+        ("std", [0.2, 0.2, 0.0]),
+        ("crop_ratio", 0.0),
+        ("mean", 0.5),
+    ],
+)
+def test_pixels_that_this_version_cannot_make_are_refused(name, value):
+    """Rather than evaluate a model on pixels it was not trained on."""
+    stored = FACTS.to_dict()
+    stored["preprocessing"] |= {name: value}
+
+    with pytest.raises(CheckpointError, match="facts cannot be read"):
+        Facts.from_dict(stored)
+
+
+def test_differences_name_what_is_another():
+    """Of the inner parts only what both have: options come and go."""
+    now = replace(
+        FACTS,
+        model="resnet50",
+        data=replace(FACTS.data, seed=2),
+        config={"lr": 1e-3, "ema_decay": 0.0, "new_option": 1},
+    )
+
+    found = list(FACTS.differences(now))
+
+    assert found == [
+        ("model", "model", "convnext_base", "resnet50"),
+        ("data", "seed", 1, 2),
+        ("config", "lr", 4e-3, 1e-3),
+    ]
+    assert not list(FACTS.differences(FACTS))
+
+
+def test_a_resume_with_other_options_warns_of_those_that_matter():
+    """Not of workers, nor of the image size twice, nor of options that one side does not know."""
+    now = replace(
+        FACTS,
+        preprocessing=replace(FACTS.preprocessing, image_size=64, mean=(0.5, 0.5, 0.5)),
+        config={"lr": 1e-3, "image_size": 64, "workers": 0, "new_option": 1},
+    )
+    warnings = []
+
+    check_resumable(FACTS, now, warn=warnings.append)
+
+    named = [warning.split()[2] for warning in warnings]
+    assert sorted(named) == ["image_size", "lr", "mean"]
+
+
+def test_one_value_makes_transforms():
+    """Sizes and ratio as given."""
+    preprocessing = Preprocessing(64, crop_ratio=0.5)
+
+    assert preprocessing.train_transform(hflip=0.0) == TrainTransform(64, hflip=0.0)
+    assert preprocessing.eval_transform() == EvalTransform(64, crop_ratio=0.5)
+
+
+@pytest.fixture(scope="module")
+def trained_run(shards, tmp_path_factory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("facts")
+    train(run_config(shards, folder, max_steps=1))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mean": [0.1, 0.2, 0.3]}, {"std": [1.0, 2.0, 0.5]}, {"crop_ratio": 0.4}],
+    ids=str,
+)
+def test_a_checkpoint_is_evaluated_with_its_own_preprocessing(
+    shards, trained_run, tmp_path, changes
+):
+    """Its mean, std and crop ratio are used: the same as evaluating by hand with these."""
+    path = trained_run / "last.pt"
+    options = {"device": "cpu", "batch_size": 13, "workers": 0}
+    before, _ = evaluate_checkpoint(EvalConfig(checkpoint=str(path), **options))
+    content = load_checkpoint(path)
+    content["facts"]["preprocessing"] |= changes
+    save_checkpoint(tmp_path / "changed.pt", content)
+
+    result, _ = evaluate_checkpoint(EvalConfig(checkpoint=str(tmp_path / "changed.pt"), **options))
+
+    preprocessing = Preprocessing.from_dict(content["facts"]["preprocessing"])
+    assert result.loss == pytest.approx(loss_by_hand(shards, content, preprocessing), rel=1e-5)
+    assert abs(result.loss - before.loss) > 1e-4 * before.loss
+
+
+@torch.no_grad()
+def loss_by_hand(shards: Path, content: dict, preprocessing: Preprocessing) -> float:
+    """The mean loss over the validation images, in float32 from the pixels on."""
+    dataset = open_dataset(str(shards / "validation.json"))
+    transform = EvalTransform(preprocessing.image_size, crop_ratio=preprocessing.crop_ratio)
+    order = EvalOrder(dataset.sizes)
+    [batch] = ShardStream(dataset, order, batch_size=13, transform=transform)
+    model = create_model("test_convnext", num_classes=4).eval()
+    model.load_state_dict(content["model"])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    logits = model((batch.images / 255 - mean) / std)
+    return torch.nn.functional.cross_entropy(logits, batch.labels).item()
+
+
+def test_a_state_takes_over_a_checkpoint_without_referring_to_its_file(tmp_path):
+    """Deleted, its space is free at once: nothing is mapped any more."""
+    trained, recipe = make_step(ema_decay=0.9)
+    train_step(trained, [make_batch(0)], lr=1e-3, recipe=recipe)
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, trained.state_dict())
+    fresh, _ = make_step(ema_decay=0.9)
+
+    content = load_checkpoint(path)
+    was_mapped = str(path) in Path("/proc/self/maps").read_text()
+    fresh.load_state_dict(content)
+    del content
+
+    assert was_mapped and str(path) not in Path("/proc/self/maps").read_text()
+    one, other = (state.state_dict() for state in (trained, fresh))
+    torch.testing.assert_close(other["model"], one["model"], rtol=0, atol=0)
+    torch.testing.assert_close(other["ema"], one["ema"], rtol=0, atol=0)
+    torch.testing.assert_close(other["optimizer"], one["optimizer"], rtol=0, atol=0)
+
+
+def test_a_state_needs_weights_optimizer_and_step_and_ignores_what_it_does_not_know():
+    """Sums and counts for the report start from scratch where a checkpoint has none."""
+    trained, recipe = make_step()
+    train_step(trained, [make_batch(0)], lr=1e-3, recipe=recipe)
+    content = trained.state_dict() | {"new": 1}
+    content["sums"] = {"interval": content["sums"]["interval"], "new": torch.zeros(2)}
+    for name in ("best_top1", "epoch_seconds", "num_bad_samples", "scaler"):
+        del content[name]
+    fresh, _ = make_step()
+
+    fresh.load_state_dict(content)
+
+    assert fresh.step == 1 and fresh.best_top1 == -1.0
+    assert fresh.sums.read().loss == trained.sums.read().loss
+    for name in ("model", "optimizer", "step"):
+        with pytest.raises(CheckpointError, match=f"holds no {name}."):
+            make_step()[0].load_state_dict({k: v for k, v in content.items() if k != name})

@@ -1,0 +1,95 @@
+"""What a run does when: the learning rate of each step, the validations and the last step."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from wds_convnext.config import REFERENCE_LR, TrainConfig
+from wds_convnext.stream.order import TrainOrder, ValidationSchedule
+
+
+def lr_schedule(config: TrainConfig, order: TrainOrder) -> Callable[[int], float]:
+    """The learning rate of a step of a run."""
+    return partial(
+        lr_at,
+        lr=scaled_lr(
+            config.lr,
+            rule=config.scale_lr,
+            global_batch_size=order.global_batch_size,
+            reference_batch_size=config.reference_batch_size,
+        ),
+        total_steps=order.num_steps(config.epochs),
+        warmup_steps=round(config.warmup_epochs * order.num_samples / order.global_batch_size),
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+    )
+
+
+def validation_schedule(config: TrainConfig, order: TrainOrder) -> ValidationSchedule:
+    """After which steps of a run the model is validated, and which is its last."""
+    num_steps = order.num_steps(config.epochs)
+    return ValidationSchedule(
+        order, every=config.val_every, last_step=min(num_steps, config.max_steps or num_steps)
+    )
+
+
+def lr_warning(config: TrainConfig, global_batch_size: int) -> str | None:
+    """What both scaling rules would make of the ConvNeXt recipe's rate, if it is used unscaled.
+
+    Another rate is taken as chosen for the batch that it is used with.
+    """
+    reference = config.reference_batch_size
+    unscaled = config.scale_lr == "none" and global_batch_size != reference
+    if not unscaled or config.lr != REFERENCE_LR:
+        return None
+    linear, sqrt = (
+        scaled_lr(
+            config.lr,
+            rule=rule,
+            global_batch_size=global_batch_size,
+            reference_batch_size=reference,
+        )
+        for rule in ("linear", "sqrt")
+    )
+    return (
+        f"--lr {config.lr:g} belongs to a global batch of {reference}, this run's is "
+        f"{global_batch_size}: --scale-lr linear would make it {linear:.2e}, sqrt {sqrt:.2e}."
+    )
+
+
+def lr_at(
+    step: int,
+    *,
+    lr: float,
+    total_steps: int,
+    warmup_steps: int,
+    warmup_lr: float,
+    min_lr: float,
+) -> float:
+    """Learning rate of step 0 <= step < total_steps: a linear warm-up, then a cosine.
+
+    It is `warmup_lr` at step 0, `lr` at step `warmup_steps`, `min_lr` at step total_steps - 1,
+    each exactly. With no warm-up step 0 has `lr`; a cosine of a single step is `lr`; a run that
+    ends within its warm-up stays on the ramp. Later steps keep `min_lr`.
+    """
+    if step < warmup_steps:
+        return warmup_lr + (lr - warmup_lr) * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+    weight = 0.5 * (1 + math.cos(math.pi * progress))
+    return weight * lr + (1 - weight) * min_lr
+
+
+def scaled_lr(lr: float, *, rule: str, global_batch_size: int, reference_batch_size: int) -> float:
+    """The learning rate for `global_batch_size`, given the one for `reference_batch_size`.
+
+    Args:
+        rule: "none" keeps `lr`; "linear" and "sqrt" scale it with the ratio of the batch sizes
+            (arXiv:1706.02677, arXiv:1404.5997).
+    Raises:
+        ValueError: if the rule is another.
+    """
+    ratio = global_batch_size / reference_batch_size
+    factors = {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}
+    if rule not in factors:
+        raise ValueError(f"learning-rate rule {rule!r}: expected one of {', '.join(factors)}.")
+    return lr * factors[rule]
