@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 from PIL import Image
+from preloaded import run_preloaded
 
 # The same cases every time, and no deadline: machines that run tests are shared and slow.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
@@ -147,14 +148,15 @@ def train_command(shards: Path, out: Path, *args, **options) -> list[str]:
 
 def run(command: list[str], *, cwd=None, check=True, **env) -> subprocess.CompletedProcess:
     """Run a command to its end, on one thread, and give its output."""
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-    )
+    options = {
+        "cwd": cwd,
+        "timeout": HANG_S,
+        "env": dict(os.environ) | {"OMP_NUM_THREADS": "1"} | env,
+    }
+    if command[1:3] == ["-m", "wds_convnext"] and command[3] in ("train", "eval") and not env:
+        result = run_preloaded(command[3:], **options)
+    else:
+        result = subprocess.run(command, capture_output=True, text=True, **options)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 

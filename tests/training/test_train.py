@@ -634,7 +634,7 @@ def test_blocks_hand_on_half_precision_under_autocast_and_nothing_else_changes(a
 def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
     tmp_path, monkeypatch, one_thread
 ):
-    """200 steps on handwritten digits under autocast to bf16, beside plain timm's. The yardstick
+    """100 steps on handwritten digits under autocast to bf16, beside plain timm's. The yardstick
     is plain timm with each starting weight one unit in its last place off: measured were 0.0015
     for ours, 0.0016 for that, 0.007 for a stream in float8, 0.06 for another seed."""
     monkeypatch.syspath_prepend(TOOLS / "bench")
@@ -644,7 +644,7 @@ def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
     convert(str(tmp_path / "digits"), out=str(tmp_path / "shards"), jobs=1, quiet=True)
     dataset = open_dataset(str(tmp_path / "shards" / "train.json"))
     size = {"image_size": 32, "batch_size": 16}
-    batches = bench_precision.first_batches(dataset, **size, steps=200)
+    batches = bench_precision.first_batches(dataset, **size, steps=100)
     config = tiny_config(lr=2e-3, **size, **NO_MIXING)
 
     plain, ours, nudged = (
@@ -654,7 +654,7 @@ def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
 
     by_stream = bench_precision.compare(ours, plain)
     by_rounding = bench_precision.compare(nudged, plain)
-    assert plain[0] - plain[-1] > 0.2
+    assert plain[0] - plain[-1] > 0.1
     assert 0 < by_stream["distance"] < 3 * by_rounding["distance"]
     assert abs(by_stream["shift"]) < by_rounding["distance"]
 
