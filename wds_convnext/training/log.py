@@ -6,10 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import click
 import torch
-from tqdm import tqdm
 
+from wds_convnext import progress
 from wds_convnext.files import write_atomically
 from wds_convnext.training.evaluate import EvalResult
 
@@ -53,7 +52,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, start_step: int, quiet: bool = False):
         self.quiet = quiet
-        self._bar = None
+        self._progress: progress.Progress | None = None  # of the epoch under way
         if quiet:
             return
         from torch.utils.tensorboard import SummaryWriter  # 1 s; workers never pay for it
@@ -65,16 +64,21 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
         if not self.quiet:
-            tqdm.write(text) if self._bar is not None else click.echo(text)
+            progress.say(text)
 
     def steps(self, done: int, steps: range, *, epoch: int) -> None:
         """Show that `done` steps of the run are done, the last of them one of this epoch's."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet:
             return
-        if self._bar is None:
-            before = done - 1 - steps.start
-            self._bar = tqdm(total=len(steps), desc=f"Epoch {epoch}", unit="batch", initial=before)
-        self._bar.update(done - steps.start - self._bar.n)
+        if self._progress is None:
+            self._progress = progress.Progress(
+                f"Epoch {epoch}",
+                total=len(steps),
+                unit="batches",
+                initial=done - 1 - steps.start,
+                quiet=not sys.stderr.isatty(),  # elsewhere `interval` says how far it is
+            )
+        self._progress.show(done - steps.start)
 
     def interval(
         self,
@@ -97,16 +101,14 @@ class RunLog:
             f"wait={values['train/data_wait']:.0%}",
         ]
         parts += [READINGS[name].format(value) for name, value in readings.items()]
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(parts))
-        elif not sys.stderr.isatty():
-            click.echo(f"Epoch {epoch} step {step}/{num_steps}: {', '.join(parts)}")
+        if self._progress is not None and self._progress.has_bar:
+            self._progress.show(self._progress.done, note=", ".join(parts))
+        else:
+            self.say(f"Epoch {epoch} step {step}/{num_steps}: {', '.join(parts)}")
 
     def epoch(self, step: int, *, epoch: int, loss: float, seconds: float) -> None:
         """The article's line at the end of an epoch."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._end_progress()
         self._record(step, {"train/epoch_loss": loss})
         self.say(f"Train Epoch: {epoch} | Average Loss: {loss:.4f} | Time: {seconds:.1f}s")
 
@@ -130,9 +132,13 @@ class RunLog:
         self._bad_samples.writelines(json.dumps(sample) + "\n" for sample in samples)
         self._bad_samples.flush()
 
+    def _end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._end_progress()
         if not self.quiet:
             self._metrics.close()
             self._bad_samples.close()
