@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file so that it is either whole or as it was."""
+def write_atomically(path: str | os.PathLike, content: bytes | Iterable[bytes]) -> None:
+    """Write a file, at once or piece by piece, so that it is either whole or as it was."""
     with replacing(path) as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes | bytearray) else content)
 
 
 @contextlib.contextmanager

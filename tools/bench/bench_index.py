@@ -16,9 +16,9 @@ import click
 import numpy as np
 
 from wds_convnext.conversion.tarwriter import ShardWriter
+from wds_convnext.files import write_atomically
 from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.index import MAGIC, encode_footer
-from wds_convnext.shards.indexing import write_pieces
+from wds_convnext.shards.index import index_content
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import Shard
 from wds_convnext.stream.order import TrainOrder
@@ -41,10 +41,11 @@ def make_shards(folder: Path, samples: int, shards: int, image_bytes: int) -> Pa
     for shard in listed[1:]:
         (folder / shard.name).hardlink_to(first)
     records = Path(paths["records_path"]).read_bytes()
-    footer = encode_footer([shard.name for shard in listed], listed, checksums=True)
-    write_pieces(str(folder / "train.index"), iter([MAGIC, *[records] * shards, footer]))
-    names = tuple(map(str, range(1000)))
-    Dataset("synthetic", "train", tuple(listed), names).write_manifest(folder / "train.json")
+    names = [shard.name for shard in listed]
+    content = index_content([records] * shards, names, listed, checksums=True)
+    write_atomically(folder / "train.index", content)
+    classes = tuple(map(str, range(1000)))
+    Dataset("synthetic", "train", tuple(listed), classes).write_manifest(folder / "train.json")
     return folder / "train.json"
 
 

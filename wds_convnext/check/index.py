@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
-from wds_convnext.shards.index import JSON_LABEL, MAGIC, encode_footer
-from wds_convnext.shards.indexing import write_pieces
+from wds_convnext.shards.index import JSON_LABEL, index_content
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard, index_path
 from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
@@ -118,7 +117,10 @@ def index(
             for split, shards in zip(splits, indexed)
         }
         for (path, manifest), shards in zip(manifests.items(), indexed):
-            write_pieces(index_path(path), _index_content(manifest.shards, shards))
+            names = [shard.name for shard in manifest.shards]
+            records = (shard.records for shard in shards)
+            content = index_content(records, names, manifest.shards, checksums=True)
+            write_atomically(index_path(path), content)
             manifest.write_manifest(path)  # last: its presence means that all is there
     except OSError as error:
         raise WdsConvnextError(f"{error.filename}: {error.strerror}.") from None
@@ -170,12 +172,6 @@ def _compare_with_manifest(shard: Shard, split: ShardSplit) -> None:
                 f"{shard.path}: {what} is {found}, but {split.manifest_path} says {stated}. "
                 "Copy the shard again, or write it again."
             )
-
-
-def _index_content(shards: Sequence[Shard], indexed: list[IndexedShard]) -> Iterator[bytes]:
-    yield MAGIC
-    yield from (shard.records for shard in indexed)
-    yield encode_footer([shard.name for shard in shards], shards, checksums=True)
 
 
 def _name_classes(indexed: list[IndexedShard], class_names) -> tuple[str, ...]:

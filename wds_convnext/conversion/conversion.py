@@ -36,8 +36,7 @@ from wds_convnext.progress import Progress
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.image import ImageSurvey
-from wds_convnext.shards.index import MAGIC, encode_footer
-from wds_convnext.shards.indexing import write_pieces
+from wds_convnext.shards.index import index_content
 from wds_convnext.shards.spec import Shard
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
@@ -253,7 +252,7 @@ class Conversion:
             )
 
     def _publish(self, shards: tuple[Shard, ...], files: list[str]) -> None:
-        write_pieces(self.staging.staged(self.staging.index_name), self._index(shards))
+        write_atomically(self.staging.staged(self.staging.index_name), self._index(shards))
         manifest = Dataset(
             name=dataset_name(self.split),
             split=self.split.name,
@@ -267,10 +266,8 @@ class Conversion:
 
     def _index(self, shards: tuple[Shard, ...]) -> Iterator[bytes]:
         """The content of the split's index file: the records that each shard left."""
-        yield MAGIC
-        for name in self.names:
-            yield Path(self.staging.staged(f"{name}.records")).read_bytes()
-        yield encode_footer([shard.name for shard in shards], shards, checksums=True)
+        records = (Path(self.staging.staged(f"{name}.records")).read_bytes() for name in self.names)
+        return index_content(records, [shard.name for shard in shards], shards, checksums=True)
 
 
 def is_held_out(split: str) -> bool:

@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ import xxhash
 
 from wds_convnext.shards.spec import Shard
 
-MAGIC = b"wds_convnext index 1\n\0\0\0"
+_MAGIC = b"wds_convnext index 1\n\0\0\0"
 _LENGTH = struct.Struct("<Q")
 _MAX_FOOTER = 1 << 28  # bytes; some million shards
 _RELEASE_EVERY = 4096  # records; at most so many pages of 4 KiB are resident
@@ -96,13 +96,23 @@ def stamp(shard: Shard) -> str:
         return "missing"
 
 
-def encode_footer(paths: Iterable[str], shards: Iterable[Shard], *, checksums: bool) -> bytes:
-    """What stands in an index file after the records.
+def index_content(
+    records: Iterable[bytes], paths: Iterable[str], shards: Iterable[Shard], *, checksums: bool
+) -> Iterator[bytes]:
+    """An index file, piece by piece.
 
     Args:
+        records: packed, of each shard.
         paths: of the shards, absolute or from the folder that the index will stand in.
+        shards: looked at after the last of the records, so they may be counted meanwhile.
         checksums: whether every record has one.
     """
+    yield _MAGIC
+    yield from records
+    yield _encode_footer(paths, shards, checksums=checksums)
+
+
+def _encode_footer(paths: Iterable[str], shards: Iterable[Shard], *, checksums: bool) -> bytes:
     facts = [
         [path, shard.num_samples, shard.num_bytes, stamp(shard)]
         for path, shard in zip(paths, shards, strict=True)
@@ -130,7 +140,7 @@ class IndexFile:
         folder = os.path.dirname(os.path.abspath(path))
         self._folders: dict[str, str] = {}
         self._shards: dict[str, tuple] = {}
-        offset = len(MAGIC)
+        offset = len(_MAGIC)
         for name, num_samples, num_bytes, its_stamp in footer["shards"]:
             key = os.path.join(folder, name)
             if "/" in name:
@@ -142,11 +152,11 @@ class IndexFile:
 
     def _footer(self) -> tuple[dict, int]:
         size = len(self.content)
-        if size < len(MAGIC) + _LENGTH.size or self.content[: len(MAGIC)] != MAGIC:
+        if size < len(_MAGIC) + _LENGTH.size or self.content[: len(_MAGIC)] != _MAGIC:
             raise ValueError("not an index of this version")
         (length,) = _LENGTH.unpack_from(self.content, size - _LENGTH.size)
         end = size - _LENGTH.size - length
-        if length > _MAX_FOOTER or end < len(MAGIC):
+        if length > _MAX_FOOTER or end < len(_MAGIC):
             raise ValueError(f"a footer of {length:,} bytes")
         footer = self.content[end : size - _LENGTH.size]
         return json.loads(footer.decode("utf-8", "surrogateescape")), end

@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from wds_convnext.errors import ShardError
-from wds_convnext.files import replacing
+from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
-from wds_convnext.shards.index import MAGIC, IndexFile, encode_footer, open_index
+from wds_convnext.shards.index import IndexFile, index_content, open_index
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import read_samples
@@ -47,11 +47,10 @@ def find_index(
                 os.makedirs(folder, exist_ok=True)
             if os.access(folder, os.W_OK):
                 paths = [os.path.relpath(os.path.abspath(s.path), folder) for s in shards]
-                pieces = _pieces(shards, paths, label_field, jobs, quiet)
-                write_pieces(path, pieces)
+                write_atomically(path, _content(shards, paths, label_field, jobs, quiet))
                 return IndexFile(path)
     paths = [os.path.abspath(shard.path) for shard in shards]
-    return IndexFile(cached, b"".join(_pieces(shards, paths, label_field, jobs, quiet)))
+    return IndexFile(cached, b"".join(_content(shards, paths, label_field, jobs, quiet)))
 
 
 def cache_path(shards: Sequence[Shard]) -> str:
@@ -62,30 +61,26 @@ def cache_path(shards: Sequence[Shard]) -> str:
     return os.path.join(base, "wds_convnext", f"{key}.index")
 
 
-def write_pieces(path: str, pieces: Iterable[bytes]) -> None:
-    """Write a file piece by piece, so that it is either whole or as it was."""
-    with replacing(path) as file:
-        file.writelines(pieces)
-
-
-def _pieces(
+def _content(
     shards: Sequence[Shard], paths: Sequence[str], label_field: str, jobs: int, quiet: bool
 ) -> Iterator[bytes]:
     """The content of an index file; a few shards at a time, so memory stays flat."""
-    yield MAGIC
     counted = []
-    with Workers(min(jobs, len(shards))) as workers:
-        for start in range(0, len(shards), _SHARDS_AT_A_TIME):
-            some = shards[start : start + _SHARDS_AT_A_TIME]
-            tasks = [(shard, label_field) for shard in some]
-            expected = sum(max(0, shard.num_samples) for shard in some)
-            progress = Progress("reading labels", total=expected, quiet=quiet)
-            for shard, (num_samples, records) in zip(
-                some, workers.run(index_records, tasks, progress=progress)
-            ):
-                counted.append(replace(shard, num_samples=num_samples))
-                yield records
-    yield encode_footer(paths, counted, checksums=False)
+
+    def records() -> Iterator[bytes]:
+        with Workers(min(jobs, len(shards))) as workers:
+            for start in range(0, len(shards), _SHARDS_AT_A_TIME):
+                some = shards[start : start + _SHARDS_AT_A_TIME]
+                tasks = [(shard, label_field) for shard in some]
+                total = sum(max(0, shard.num_samples) for shard in some)
+                title = f"index: shards {start + 1} to {start + len(some)} of {len(shards)}"
+                progress = Progress(title, total=total, quiet=quiet)
+                done = workers.run(index_records, tasks, progress=progress)
+                for shard, (num_samples, packed) in zip(some, done):
+                    counted.append(replace(shard, num_samples=num_samples))
+                    yield packed
+
+    return index_content(records(), paths, counted, checksums=False)
 
 
 def index_records(task: tuple[Shard, str], count: Callable[[int, int], None]) -> tuple[int, bytes]:

@@ -19,6 +19,7 @@ from wds_convnext.shards.tar import (
     BLOCK,
     Member,
     announced_bytes,
+    is_plain_member,
     read_members,
 )
 
@@ -91,7 +92,7 @@ class SampleReader:
         shard, sample = self.dataset.locate(number)
         record = self.dataset.index.record(shard, sample)
         try:
-            key = self._members(shard, record)[0].key
+            key = self.key(number)
         except ShardError:
             key = f"unreadable (sample {sample})"
         offset = record.start + record.image_offset
@@ -104,17 +105,22 @@ class SampleReader:
             ShardError: if the shard does not hold what its index says.
         """
         shard, sample = self.dataset.locate(number)
-        return self._members(shard, self.dataset.index.record(shard, sample))[0].key
+        record = self.dataset.index.record(shard, sample)
+        header = self._pread(shard, BLOCK, record.start)
+        # One header, not the image behind it, unless the name is long or a folder comes first.
+        if is_plain_member(header):
+            return self._members(shard, record, header)[0].key
+        return self._members(shard, record, self._pread(shard, record.num_bytes, record.start))[
+            0
+        ].key
 
     def close(self) -> None:
         """Close the shards; reading again opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _members(self, shard: int, record: Record, span: bytes | None = None) -> list[Member]:
-        """The members of a sample, from their headers."""
-        if span is None:
-            span = self._pread(shard, record.num_bytes, record.start)
+    def _members(self, shard: int, record: Record, span: bytes) -> list[Member]:
+        """The members of a sample whose headers stand in `span`, its bytes or the first of them."""
         path = self.dataset.shards[shard].path
         try:
             members = read_members(span, record.start)

@@ -219,6 +219,12 @@ def read_members(span: bytes, start: int) -> list[Member]:
     return members
 
 
+def is_plain_member(header: bytes) -> bool:
+    """Whether a block is the whole header of a regular file that can belong to a sample."""
+    name = _plain_name(header)
+    return name is not None and _NAME_OF_SAMPLE.match(name) is not None
+
+
 def _read_any_members(span: bytes, start: int) -> list[Member]:
     try:
         with tarfile.open(fileobj=io.BytesIO(span + bytes(2 * BLOCK)), mode="r:") as tar:
