@@ -12,7 +12,7 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
-MODULES = ["preloaded", "wds_convnext.cli", "wds_convnext.training.run", "timm.models.convnext"]
+MODULES = ["preloaded", "wds_convnext.cli", "wds_convnext.training.train", "timm.models.convnext"]
 _context = multiprocessing.get_context("forkserver")
 
 

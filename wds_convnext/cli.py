@@ -77,7 +77,7 @@ def train(ctx: click.Context, **options) -> None:
         options |= _options_of_the_run(ctx, options)
     if options["shards"] is None:
         raise UsageError("--shards is missing. Name them: --shards 'data/train-<000..012>.tar'.")
-    from wds_convnext.training.run import train as run_training
+    from wds_convnext.training.train import train as run_training
 
     sys.exit(run_training(TrainConfig(**options)))
 
@@ -103,7 +103,7 @@ def evaluate(**options) -> None:
 
     With no option: the newest run's best checkpoint, on the shards it was validated on.
     """
-    from wds_convnext.training.run import evaluate_checkpoint
+    from wds_convnext.training.evaluate import evaluate_checkpoint
 
     config = EvalConfig(**options)
     result, about = evaluate_checkpoint(config)

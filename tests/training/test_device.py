@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as torchvision
 from wds_convnext.rng import derive_key
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import IMAGENET_MEAN, IMAGENET_STD
-from wds_convnext.training.augment import MixDraw, Mixer, Normalizer, prefetch_to_device
+from wds_convnext.training.augment import MixDraw, Mixer, Normalizer
+from wds_convnext.training.feed import prefetch_to_device
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 7

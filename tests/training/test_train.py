@@ -36,24 +36,20 @@ from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
-from wds_convnext.training import augment as device_module
+from wds_convnext.training import feed as device_module
 from wds_convnext.training import loop as train_module
 from wds_convnext.training import step as step_module
 from wds_convnext.training.adamp import parameter_groups
 from wds_convnext.training.checkpoint import load_checkpoint
 from wds_convnext.training.distributed import Machine, World
+from wds_convnext.training.evaluate import evaluate_checkpoint
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.model import compile_model, create_model
 from wds_convnext.training.monitor import DeviceTimer, Gauges, peak_flops, training_flops
-from wds_convnext.training.run import evaluate_checkpoint, train
 from wds_convnext.training.schedule import lr_at, lr_schedule
-from wds_convnext.training.step import (
-    build_recipe,
-    build_state,
-    eager_loss,
-    keep_lr_on_device,
-    train_step,
-)
+from wds_convnext.training.state import build_state, keep_lr_on_device
+from wds_convnext.training.step import build_recipe, eager_loss, train_step
+from wds_convnext.training.train import train
 
 TOOLS = Path(__file__).parents[2] / "tools"
 NUM_CLASSES = 4

@@ -30,7 +30,7 @@ from torch import nn
 from wds_convnext.training.adamp import AdamP, parameter_groups
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.ema import WeightAverage
-from wds_convnext.training.step import StepSums, TrainState
+from wds_convnext.training.state import StepSums, TrainState
 
 WIDTH = 2048  # a layer is 16.8 MB
 

@@ -164,19 +164,19 @@ def echo(line: str) -> None:
     click.echo(line, err=True)
 
 
-def summarise(values: list[float]) -> dict[str, float]:
+def summarize(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def summarise_loader(name: str, results: Results) -> dict:
+def summarize_loader(name: str, results: Results) -> dict:
     """Medians over the rounds, and our images/s over this loader's; None: not measurable here."""
     rounds = results[name]
-    summary = {"images_per_s": summarise([cost["images_per_s"] for cost in rounds])}
+    summary = {"images_per_s": summarize([cost["images_per_s"] for cost in rounds])}
     for field in ("cpu_ms_per_image", "peak_pss_mib", "first_batch_s"):
         values = [cost[field] for cost in rounds if cost[field] is not None]
         summary[field] = statistics.median(values) if values else None
     summary["ours_is"] = {
-        mine: summarise(
+        mine: summarize(
             [a["images_per_s"] / b["images_per_s"] for a, b in zip(results[mine], rounds)]
         )
         for mine in LOADERS[name].against
@@ -261,7 +261,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--one", hidden=True, help="Measure this loader, in this process.")
 def main(parquet, work, images, photo_size, image_size, batch_size, **options) -> None:
-    """Measure loaders on the images of PARQUET. --loaders all adds colour jitter."""
+    """Measure loaders on the images of PARQUET. --loaders all adds color jitter."""
     formats = formats_folder(work, parquet, num_images=images, photo_size=photo_size)
     setting = Setting(formats, images, options["workers"], batch_size, image_size)
     if options["one"]:
@@ -277,7 +277,7 @@ def main(parquet, work, images, photo_size, image_size, batch_size, **options) -
         raise click.ClickException(str(error)) from None
     if not results:
         raise click.ClickException("every loader was left out.")
-    summaries = {name: summarise_loader(name, results) for name in results}
+    summaries = {name: summarize_loader(name, results) for name in results}
     report(summaries)
     if options["json_path"]:
         facts = {

@@ -37,7 +37,8 @@ from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.schedule import lr_at
-from wds_convnext.training.step import build_recipe, build_state, train_step
+from wds_convnext.training.state import build_state
+from wds_convnext.training.step import build_recipe, train_step
 
 OFF = {"mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "label_smoothing": 0.0}
 
@@ -80,7 +81,7 @@ def losses_of(
     """The losses of one run over the batches."""
     machine = Machine(World(), torch.device("cpu"), amp)
     if is_timms:
-        with patch("wds_convnext.training.step.create_model", timms_model):
+        with patch("wds_convnext.training.state.create_model", timms_model):
             state, _ = build_state(config, num_classes=num_classes, machine=machine)
     else:
         state, _ = build_state(config, num_classes=num_classes, machine=machine)
@@ -120,7 +121,7 @@ def compare(one: list[float], other: list[float]) -> dict[str, float]:
     }
 
 
-def summarise(pairs: list[dict[str, float]]) -> dict:
+def summarize(pairs: list[dict[str, float]]) -> dict:
     """Of all pairs of one kind: the mean distance, its range, and the mean shift with its error."""
     distances, shifts = ([pair[name] for pair in pairs] for name in ("distance", "shift"))
     error = statistics.stdev(shifts) / len(shifts) ** 0.5 if len(shifts) > 1 else None
@@ -143,7 +144,7 @@ def compare_all(curves: list[dict[str, list[float]]]) -> dict[str, dict]:
     }
     plain = [of_seed["plain"] for of_seed in curves]
     pairs["plain, two seeds"] = [compare(*two) for two in itertools.combinations(plain, 2)]
-    return {name: summarise(of_kind) for name, of_kind in pairs.items() if of_kind}
+    return {name: summarize(of_kind) for name, of_kind in pairs.items() if of_kind}
 
 
 def format_table(results: dict[str, dict]) -> str:

@@ -79,7 +79,7 @@ def contenders_of(setting: Setting, shards: str | None, workers: int) -> dict[st
     return {contender.name: contender for contender in all_of_them}
 
 
-def summarise(contender: Contender, ours: Contender, setting: Setting, flops: int) -> dict:
+def summarize(contender: Contender, ours: Contender, setting: Setting, flops: int) -> dict:
     """A row of the table: medians over rounds; None where the device cannot tell."""
     row = {"contender": contender.name, "failed": contender.failed}
     if contender.failed or not contender.step_ms:
@@ -200,7 +200,7 @@ def measure_setting(
         "image_size": setting.image_size,
         "flops_per_image": flops,
         "compiled": setting.machine.compiled,
-        "rows": [summarise(one, known["ours"], setting, flops) for one in chosen],
+        "rows": [summarize(one, known["ours"], setting, flops) for one in chosen],
     }
 
 

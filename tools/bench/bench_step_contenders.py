@@ -27,10 +27,11 @@ from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, make_loader
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
-from wds_convnext.training.augment import prefetch_to_device
 from wds_convnext.training.distributed import Machine
+from wds_convnext.training.feed import prefetch_to_device
 from wds_convnext.training.monitor import DeviceTimer
-from wds_convnext.training.step import build_recipe, build_state, train_step
+from wds_convnext.training.state import build_state
+from wds_convnext.training.step import build_recipe, train_step
 
 NUM_CLASSES = 100
 DROP_PATH_RATE = 0.2

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import ShardSplit
-from wds_convnext.conversion.conversion import unit_edges
+from wds_convnext.conversion.layout import unit_edges
 from wds_convnext.conversion.parquet import ParquetSplit, find_splits, open_split
 from wds_convnext.conversion.rows import UNLABELLED, read_rows
 from wds_convnext.errors import DataError, ShardError, UsageError

@@ -16,7 +16,7 @@ from wds_convnext.check.parquetinfo import ParquetSummary, summarise_parquet
 from wds_convnext.check.sheet import draw_sheet
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
 from wds_convnext.config import InspectConfig
-from wds_convnext.conversion.conversion import is_held_out
+from wds_convnext.conversion.layout import is_held_out
 from wds_convnext.conversion.parquet import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
@@ -165,7 +165,7 @@ def inspect(
                     seed=config.seed,
                     world_size=config.ranks,
                 )
-            summaries.append(_summarise(dataset, surveys, labels, mix))
+            summaries.append(_summarize(dataset, surveys, labels, mix))
             if sheet is not None:
                 draw_sheet(open_dataset(",".join(split.paths)), sheet)
     return summaries
@@ -229,7 +229,7 @@ def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> 
     return survey
 
 
-def _summarise(dataset, surveys, labels, label_mix) -> ShardSummary:
+def _summarize(dataset, surveys, labels, label_mix) -> ShardSummary:
     images, unusable = ImageSurvey(), Counter()
     for survey in surveys:
         images.merge(survey.images.to_json())

@@ -7,30 +7,22 @@ found is listed and does not stop the search; the report is empty only if everyt
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-
-import numpy as np
+from dataclasses import dataclass
 
 from wds_convnext.check.against import compare_with_input, find_inputs, splits_without_shards
-from wds_convnext.check.problems import Problem, shorten
+from wds_convnext.check.problems import Problem
+from wds_convnext.check.shard import CheckShard, ShardFindings, check_shard
 from wds_convnext.check.splits import (
     ShardSplit,
     find_duplicate_keys,
     find_shard_splits,
-    hash_keys,
 )
 from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.parquet import ParquetSplit
-from wds_convnext.errors import DataError, ShardError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
-from wds_convnext.shards.decode import decode_rgb
-from wds_convnext.shards.index import HAS_CHECKSUM, Record, open_index
-from wds_convnext.shards.scan import MAX_CLASSES, ScannedSample, scan_shard
-from wds_convnext.shards.spec import Shard, check_sha256, check_size, index_path
-from wds_convnext.shards.tar import Member, format_sidecar, sidecar_path, walk_tar
+from wds_convnext.shards.scan import MAX_CLASSES
+from wds_convnext.shards.spec import Shard, index_path
 
 
 @dataclass(frozen=True)
@@ -176,28 +168,6 @@ def _checkable(split: ShardSplit) -> list[str]:
     return [path for path in split.present if not split.manifest or path in split.listed]
 
 
-@dataclass(frozen=True)
-class CheckShard:
-    """A shard to check. Without a manifest only `shard.path` counts."""
-
-    shard: Shard
-    is_listed: bool
-    num_classes: int
-    label_field: str
-    deep: bool
-    index_path: str
-
-
-@dataclass(frozen=True)
-class ShardFindings:
-    """What was found in one shard."""
-
-    num_bytes: int
-    num_samples: int = 0
-    key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    problems: tuple[Problem, ...] = ()
-
-
 def _task(split: ShardSplit, path: str, deep: bool) -> CheckShard:
     manifest, index = split.manifest, index_path(split.manifest_path)
     if manifest is None:
@@ -205,100 +175,6 @@ def _task(split: ShardSplit, path: str, deep: bool) -> CheckShard:
     return CheckShard(
         split.listed[path], True, manifest.num_classes, manifest.label_field, deep, index
     )
-
-
-def check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFindings:
-    """Everything that one shard can be checked for without the others."""
-    path = task.shard.path
-    problems = []
-    num_bytes = os.path.getsize(path)
-    try:
-        check_size(task.shard)
-        check_sha256(task.shard)
-        count(0, num_bytes)
-    except ShardError as error:
-        problems.append(Problem.of(path, error))
-    except OSError as error:
-        problems.append(Problem(path, f"not readable ({error.strerror})"))
-    try:
-        samples = list(walk_tar(path))
-    except ShardError as error:
-        problems.append(Problem.of(path, error))
-        return ShardFindings(num_bytes, problems=tuple(problems))
-    if task.is_listed and len(samples) != task.shard.num_samples:
-        stated = task.shard.num_samples
-        problems.append(Problem(path, f"{len(samples)} samples, but its manifest says {stated}"))
-    problems += _compare_sidecar(path, samples)
-    problems += shorten(list(_check_samples(task, samples, count)))
-    return ShardFindings(num_bytes, len(samples), hash_keys(samples), tuple(problems))
-
-
-def _compare_sidecar(path: str, samples: list[list[Member]]) -> list[Problem]:
-    sidecar = sidecar_path(path)
-    if not os.path.isfile(sidecar):
-        return []
-    found, expected = Path(sidecar).read_bytes(), format_sidecar(samples)
-    if found == expected:
-        return []
-    lines = list(zip(found.splitlines(), expected.splitlines()))
-    line = next((i for i, (a, b) in enumerate(lines, start=1) if a != b), len(lines) + 1)
-    what = f"line {line} is not what a walk of the tar gives. Delete it, or run make shards"
-    return [Problem(sidecar, what)]
-
-
-def _check_samples(
-    task: CheckShard, samples: list[list[Member]], count: Callable
-) -> Iterator[Problem]:
-    """Read every sample, compare it with its record in the index, and decode it if asked for."""
-    path = task.shard.path
-    records = _indexed_records(task)
-    if isinstance(records, Problem):
-        yield records
-        records = None
-    try:
-        scanned = scan_shard(
-            path,
-            samples,
-            label_field=task.label_field,
-            num_classes=task.num_classes,
-            images=task.deep or records is not None,
-        )
-        for number, sample in enumerate(scanned):
-            if sample.error is not None:
-                yield Problem.of(path, sample.error)
-            elif task.deep:
-                try:
-                    decode_rgb(sample.image)
-                except DataError as error:
-                    yield Problem(path, f"key {sample.key}: {error}")
-            if records is not None and not _fits(sample, Record(*records[number].tolist())):
-                what = f"its record of {path}, key {sample.key}, is not what the tar holds"
-                yield Problem(task.index_path, f"{what}. Run wds-convnext index")
-            count(1, 0)
-    except ShardError as error:  # the next samples would say the same
-        yield Problem.of(path, error)
-
-
-def _indexed_records(task: CheckShard) -> np.ndarray | Problem | None:
-    """What the index holds of a shard; None without an index."""
-    if not (task.is_listed and os.path.exists(task.index_path)):
-        return None
-    file = open_index(task.index_path)
-    if file is None:
-        return Problem(task.index_path, "not a whole index. Delete it, it is made again")
-    place = file.find(task.shard)
-    if place is None:
-        what = f"made from another {task.shard.path}. Delete it, it is made again"
-        return Problem(task.index_path, what)
-    return file.records(*place)
-
-
-def _fits(sample: ScannedSample, record: Record) -> bool:
-    """Whether a record says what was found in the tar."""
-    found = sample.record
-    if found.label != record.label or (found.places != record.places):
-        return False
-    return not record.flags & HAS_CHECKSUM or found.checksum == record.checksum
 
 
 def _repeated_keys(paths: list[str], findings: list[ShardFindings]) -> list[Problem]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wds_convnext.config import ShardsConfig
-from wds_convnext.conversion.conversion import Conversion, SplitReport, is_held_out
+from wds_convnext.conversion.conversion import Conversion
+from wds_convnext.conversion.layout import is_held_out
 from wds_convnext.conversion.parquet import find_splits, open_split
+from wds_convnext.conversion.report import SplitReport
 from wds_convnext.conversion.rows import find_class_names
 from wds_convnext.errors import DataError, UsageError, WdsConvnextError
 

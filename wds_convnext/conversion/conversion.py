@@ -7,16 +7,22 @@ number of processes or on interruptions. See `staging` for what is on the disk m
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from wds_convnext.config import ShardsConfig
+from wds_convnext.conversion.layout import (
+    TAR_BYTES,
+    dataset_name,
+    is_held_out,
+    shard_edges,
+    unit_edges,
+)
 from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.conversion.passes import (
     NO_LABEL,
@@ -27,9 +33,10 @@ from wds_convnext.conversion.passes import (
     SpillRows,
     run_task,
 )
+from wds_convnext.conversion.report import SplitReport, kind_of
 from wds_convnext.conversion.scatter import Scatter
 from wds_convnext.conversion.staging import Staging
-from wds_convnext.errors import DataError, UsageError
+from wds_convnext.errors import DataError
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -40,52 +47,6 @@ from wds_convnext.shards.index import index_content
 from wds_convnext.shards.spec import Shard
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
-_UNIT_BYTES = 256 << 20  # images in a spill file
-_MAX_UNITS = 512  # spill files are open together while a shard collects its samples
-_TAR_BYTES = 2048  # a sample's headers, label and padding
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What was written for one split and what was found in it."""
-
-    split: str
-    shards: tuple[Shard, ...]
-    class_names: tuple[str, ...]
-    survey: ImageSurvey = field(default_factory=ImageSurvey)
-    skipped: Counter = field(default_factory=Counter)
-    already_complete: bool = False
-
-    @property
-    def num_samples(self) -> int:
-        return sum(shard.num_samples for shard in self.shards)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
-
-    def lines(self) -> list[str]:
-        """The report as text."""
-        found = [
-            ("formats", self.survey.formats),
-            ("modes", self.survey.modes),
-            ("unusual", self.survey.unusual),
-            ("skipped", self.skipped),
-        ]
-        state = "already complete: " if self.already_complete else ""
-        head = (
-            f"{self.split}: {state}{self.num_samples:,} samples, {len(self.class_names)} classes, "
-            f"{len(self.shards)} shard{'s' * (len(self.shards) != 1)}, "
-            f"{self.num_bytes / 1e6:,.1f} MB"
-        )
-        lines = [f"  {name}: {_counts(counter)}" for name, counter in found if counter]
-        if self.survey.formats:
-            lines.insert(2, f"  sizes: {self.survey.describe_sizes()}")
-        return [head, *lines]
-
-
-def _counts(counter: Counter) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in counter.most_common())
 
 
 class Conversion:
@@ -123,7 +84,7 @@ class Conversion:
             self._publish(shards, files)
         finally:
             self.staging.close()
-        skipped = Counter(_kind(reason) for _, reason in self.bad)
+        skipped = Counter(kind_of(reason) for _, reason in self.bad)
         return SplitReport(self.split.name, shards, self.class_names, self.survey, skipped)
 
     def report_complete(self) -> SplitReport:
@@ -134,7 +95,7 @@ class Conversion:
         manifest = read_manifest(self.staging.manifest_path)
         listing = self.staging.out / self.staging.bad_rows_name
         lines = listing.read_text().splitlines() if listing.exists() else []
-        skipped = Counter(_kind(json.loads(line)["reason"]) for line in lines)
+        skipped = Counter(kind_of(json.loads(line)["reason"]) for line in lines)
         return SplitReport(
             self.split.name,
             manifest.shards,
@@ -146,7 +107,7 @@ class Conversion:
     @property
     def num_bytes(self) -> int:
         """Disk space that is needed at the peak, about."""
-        num_bytes = self.split.num_bytes + _TAR_BYTES * self.split.num_rows
+        num_bytes = self.split.num_bytes + TAR_BYTES * self.split.num_rows
         written = sum(path.stat().st_size for path in self.staging.folder.glob("*"))
         return max(0, (2 if self.config.shuffle else 1) * num_bytes - written)
 
@@ -268,48 +229,3 @@ class Conversion:
         """The content of the split's index file: the records that each shard left."""
         records = (Path(self.staging.staged(f"{name}.records")).read_bytes() for name in self.names)
         return index_content(records, [shard.name for shard in shards], shards, checksums=True)
-
-
-def is_held_out(split: str) -> bool:
-    """Whether a split is for validation or test, and so keeps its stored order."""
-    return re.match(r"val|dev|test|eval", split) is not None
-
-
-def _kind(reason: str) -> str:
-    return re.split(r"[(:]", reason)[0].strip()
-
-
-def dataset_name(split: ParquetSplit) -> str:
-    """The name of the folder that holds the files, or its `data/`."""
-    folder = Path(split.parts[0].path).absolute().parent
-    return (folder.parent if folder.name == "data" else folder).name
-
-
-def shard_edges(split: ParquetSplit, config: ShardsConfig) -> list[int]:
-    """The rows at which shards begin, and the number of rows; at least one row in each.
-
-    Without a size there is a shard for every file. Else sizes differ by at most one sample.
-
-    Raises:
-        UsageError: if there are more shards than rows.
-    """
-    num_rows, num_shards = split.num_rows, config.num_shards
-    if config.samples_per_shard:
-        num_shards = -(-num_rows // config.samples_per_shard)
-    if config.shard_size:
-        num_shards = -(-(split.num_bytes + _TAR_BYTES * num_rows) // config.shard_size)
-    if num_shards is None:
-        return sorted(set(split.part_starts))
-    if num_shards > num_rows:
-        raise UsageError(
-            f"{num_shards:,} shards for {num_rows:,} rows of {split.name}. Ask for fewer shards."
-        )
-    return [number * num_rows // num_shards for number in range(num_shards + 1)]
-
-
-def unit_edges(split: ParquetSplit) -> list[int]:
-    """The rows at which spill files begin: row groups that together have about 256 MB."""
-    num_units = min(max(1, split.num_bytes // _UNIT_BYTES), _MAX_UNITS)
-    starts = np.unique(split.group_starts)
-    wanted = np.arange(num_units + 1) * split.num_rows // num_units
-    return np.unique(starts[np.searchsorted(starts, wanted)]).tolist()

@@ -1,49 +1,17 @@
-"""What happens to a batch on the device: copy, normalize, mix.
+"""What happens to a batch on the device: normalize, mix.
 
 Mixing follows timm's Mixup in batch mode: image i is blended with image B-1-i, or a box of it is
 pasted in. Its numbers are drawn on the host from (seed, step, micro-batch, rank), so nothing has
 to be read back from the device and nothing has to be stored to resume.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from wds_convnext.rng import derive_key
-from wds_convnext.stream.stream import Batch
-
-
-def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches with their tensors on the device; on CUDA the next is copied while one is used."""
-    if device.type != "cuda":
-        for batch in batches:
-            yield _to(batch, device)
-        return
-    copying = torch.cuda.Stream(device)
-    ready = None
-    for batch in batches:
-        with torch.cuda.stream(copying):
-            coming = _to(batch, device)
-        if ready is not None:
-            yield ready
-        ready = _take(coming, copying, device)  # what is queued by now does not wait for it
-    if ready is not None:
-        yield ready
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    tensors = (t.to(device, non_blocking=True) for t in batch[:3])
-    return Batch(*tensors, batch.bad_samples)
-
-
-def _take(batch: Batch, copying: torch.cuda.Stream, device: torch.device) -> Batch:
-    current = torch.cuda.current_stream(device)
-    current.wait_stream(copying)
-    for tensor in batch[:3]:
-        tensor.record_stream(current)
-    return batch
 
 
 class Normalizer:

@@ -225,3 +225,10 @@ def _sha256(file: BinaryIO, num_bytes: int) -> str:
         digest.update(block)
         num_bytes -= len(block)
     return digest.hexdigest()
+
+
+def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
+    """The weights that a checkpoint is evaluated with: their average, if it has one."""
+    model.load_state_dict(checkpoint["model"])
+    if checkpoint.get("ema"):
+        model.load_state_dict(checkpoint["ema"], strict=False)  # it holds no buffers

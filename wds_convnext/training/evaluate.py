@@ -4,18 +4,32 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from wds_convnext.errors import DataError
+from wds_convnext.config import EvalConfig
+from wds_convnext.errors import CheckpointError, DataError, ShardError, UsageError
 from wds_convnext.progress import track
-from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Normalizer
-from wds_convnext.training.distributed import Machine, World, sum_over_ranks
+from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
+from wds_convnext.training.distributed import (
+    Machine,
+    World,
+    choose_amp,
+    join_world,
+    leave_world,
+    sum_over_ranks,
+)
+from wds_convnext.training.feed import loading
+from wds_convnext.training.model import create_model
+from wds_convnext.training.rundir import best_checkpoint
 
 
 @dataclass(frozen=True)
@@ -137,3 +151,47 @@ def open_evaluation(
     )
     normalizer = Normalizer(preprocessing.mean, preprocessing.std, machine.device)
     return Evaluation(stream, normalizer, machine, max_bad_samples)
+
+
+def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]:
+    """Evaluate a checkpoint; the result, and what was evaluated on what (plain values)."""
+    world, device = join_world(config.device)
+    try:
+        machine = Machine(world, device, choose_amp(config.amp, device))
+        path = best_checkpoint(config.checkpoint)
+        checkpoint = load_checkpoint(path)
+        try:
+            facts = Facts.from_dict(checkpoint.get("facts", {}))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        spec = config.shards or facts.val_shards
+        if spec is None:
+            raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
+        dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
+        if dataset.class_names != facts.class_names:
+            raise ShardError(
+                f"{spec}: its {dataset.num_classes} classes are not the {facts.num_classes} "
+                f"that {path} was trained on. Evaluate on the same data set."
+            )
+        model = create_model(facts.model, num_classes=facts.num_classes).to(device)
+        load_weights(model, checkpoint)
+        about = {
+            "model": facts.model,
+            "weights": "ema" if checkpoint.get("ema") else "model",
+            "checkpoint": str(path),
+            "step": checkpoint["step"],
+            "dataset": dataset.name,
+            "split": dataset.split,
+        }
+        del checkpoint  # nothing refers to its file from here on
+        evaluation = open_evaluation(
+            dataset,
+            batch_size=config.batch_size,
+            preprocessing=facts.preprocessing,
+            machine=machine,
+            max_bad_samples=config.max_bad_samples,
+        )
+        with loading(evaluation.stream, config.workers, machine) as batches:
+            return evaluation.run(model, batches), about
+    finally:
+        leave_world(world)

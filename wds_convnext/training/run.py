@@ -1,53 +1,37 @@
-"""From a config to a run: opening shards, building the parts, resuming; and evaluating."""
+"""From a config to a run: opening shards, building the parts, resuming."""
 
-import gc
 import os
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
-import click
 import numpy as np
 import timm
 import torch
 
 import wds_convnext
-from wds_convnext.config import EvalConfig, TrainConfig
-from wds_convnext.errors import CheckpointError, ShardError, TrainingError, UsageError
+from wds_convnext.config import TrainConfig
+from wds_convnext.errors import ShardError
 from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset, find_validation, open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
-from wds_convnext.stream.stream import ShardStream, ValidatedStream, make_loader
+from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
-from wds_convnext.training.augment import prefetch_to_device
-from wds_convnext.training.checkpoint import DataFacts, Facts, load_checkpoint
+from wds_convnext.training.checkpoint import DataFacts, Facts
 from wds_convnext.training.distributed import (
-    STOPPED_EXIT_CODE,
     Machine,
-    barrier,
-    choose_amp,
-    is_lost_peer,
-    join_world,
-    leave_world,
 )
-from wds_convnext.training.evaluate import EvalResult, Evaluation, open_evaluation
-from wds_convnext.training.log import RunLog
-from wds_convnext.training.loop import fit
-from wds_convnext.training.model import create_model
+from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.monitor import Gauges, build_gauges
 from wds_convnext.training.rundir import (
-    RunDir,
-    best_checkpoint,
     check_resumable,
-    choose,
     fit_to_checkpoint,
 )
-from wds_convnext.training.schedule import lr_schedule, lr_warning, validation_schedule
+from wds_convnext.training.schedule import lr_schedule, validation_schedule
 from wds_convnext.training.step import StepRecipe, TrainState, build_recipe, build_state
 
 _NUM_NAMED = 8  # samples of a failed step that a message names
@@ -255,133 +239,3 @@ def _without_checksums(dataset: Dataset) -> str:
         f"The {dataset.split} split has no checksums, so flipped bits in it go unseen; "
         f"add them once: wds-convnext index {folder}"
     )
-
-
-@contextmanager
-def _loading(stream: ShardStream | ValidatedStream, workers: int | None, machine: Machine):
-    """A stream's batches on the device; the workers end with the context."""
-    workers = num_workers(workers, ranks=machine.world.size)
-    if isinstance(stream, ShardStream) and stream.stop is not None:
-        workers = min(workers, stream.stop)
-    batches = make_loader(stream, workers=workers, pin_memory=machine.device.type == "cuda")
-    with closing(batches):
-        yield prefetch_to_device(batches, machine.device)
-
-
-def train(config: TrainConfig) -> int:
-    """Train as configured; gives the exit code: 0, or 75 if a signal stopped the run."""
-    world, device = join_world(config.device)
-    try:
-        compiled = device.type == "cuda" if config.compile is None else config.compile
-        return _train(config, Machine(world, device, choose_amp(config.amp, device), compiled))
-    except RuntimeError as error:
-        if world.size == 1 or not is_lost_peer(error):
-            raise
-        raise TrainingError(
-            f"rank {world.rank}: another process of the run is gone "
-            f"({str(error).splitlines()[0]}). Nothing was saved from this step; continue with "
-            "--resume, or let torchrun --max-restarts do so."
-        ) from None
-    finally:
-        gc.unfreeze()  # `fit` froze; frozen objects would also outlive their modules at exit
-        leave_world(world)
-
-
-def _train(config: TrainConfig, machine: Machine) -> int:
-    say = click.echo if machine.world.is_main else lambda text: None
-    warn = partial(click.secho, err=True) if machine.world.is_main else lambda text: None
-    rundir, checkpoint = choose(config, machine.world, warn=warn)
-    is_resumed = checkpoint is not None
-    run, notes = open_run(config, machine, checkpoint=checkpoint, warn=warn)
-    del checkpoint  # nothing refers to its file from here on
-
-    barrier(machine.world)  # every rank has looked at the folder
-    rundir.prepare(run.config, fresh=not is_resumed)
-    for line in (run.introduction(), *notes):
-        say(line)
-    if warning := lr_warning(config, run.order.global_batch_size):
-        warn(warning)
-
-    with (
-        rundir.status(run) as status,
-        _loading(run.stream(), config.workers, machine) as batches,
-        closing(
-            RunLog(rundir.path, start_step=run.state.step, quiet=not machine.world.is_main)
-        ) as log,
-    ):
-        status.reason = fit(run, batches, log=log, rundir=rundir)
-    if status.reason != "finished":
-        say(
-            f"Stopped by {status.reason} after step {run.state.step}; "
-            f"saved {rundir.path / 'last.pt'}."
-        )
-        say(f"Continue with: wds-convnext train --resume {rundir.path}")
-        return STOPPED_EXIT_CODE
-    if run.validation:
-        _evaluate_best(run, rundir, say=say)
-    return 0
-
-
-def _evaluate_best(run: Run, rundir: RunDir, *, say: Callable) -> None:
-    """Evaluate the best of the run's weights, and say how good they are."""
-    best = load_checkpoint(rundir.path / "best.pt")
-    _load_weights(run.state.model, best)
-    stream = run.validation.stream
-    with _loading(stream, run.config.workers, run.machine) as batches:
-        result = run.validation.run(run.recipe.forward, batches)
-    low, high = result.top1_interval
-    say(
-        f"Final Model Accuracy: {result.top1:.2%} (validation split, n = {result.num_samples:,}, "
-        f"95 % interval {low:.2%} to {high:.2%}; chosen on this split, so report a test split)"
-    )
-
-
-def _load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
-    """The weights that a checkpoint is evaluated with: their average, if it has one."""
-    model.load_state_dict(checkpoint["model"])
-    if checkpoint.get("ema"):
-        model.load_state_dict(checkpoint["ema"], strict=False)  # it holds no buffers
-
-
-def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]:
-    """Evaluate a checkpoint; the result, and what was evaluated on what (plain values)."""
-    world, device = join_world(config.device)
-    try:
-        machine = Machine(world, device, choose_amp(config.amp, device))
-        path = best_checkpoint(config.checkpoint)
-        checkpoint = load_checkpoint(path)
-        try:
-            facts = Facts.from_dict(checkpoint.get("facts", {}))
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-        spec = config.shards or facts.val_shards
-        if spec is None:
-            raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
-        dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
-        if dataset.class_names != facts.class_names:
-            raise ShardError(
-                f"{spec}: its {dataset.num_classes} classes are not the {facts.num_classes} "
-                f"that {path} was trained on. Evaluate on the same data set."
-            )
-        model = create_model(facts.model, num_classes=facts.num_classes).to(device)
-        _load_weights(model, checkpoint)
-        about = {
-            "model": facts.model,
-            "weights": "ema" if checkpoint.get("ema") else "model",
-            "checkpoint": str(path),
-            "step": checkpoint["step"],
-            "dataset": dataset.name,
-            "split": dataset.split,
-        }
-        del checkpoint  # nothing refers to its file from here on
-        evaluation = open_evaluation(
-            dataset,
-            batch_size=config.batch_size,
-            preprocessing=facts.preprocessing,
-            machine=machine,
-            max_bad_samples=config.max_bad_samples,
-        )
-        with _loading(evaluation.stream, config.workers, machine) as batches:
-            return evaluation.run(model, batches), about
-    finally:
-        leave_world(world)

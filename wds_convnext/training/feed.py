@@ -1,0 +1,52 @@
+"""From a stream to the step: loader workers, and the copy to the device."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+
+import torch
+
+from wds_convnext.stream.loader import num_workers
+from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
+from wds_convnext.training.distributed import Machine
+
+
+@contextmanager
+def loading(stream: ShardStream | ValidatedStream, workers: int | None, machine: Machine):
+    """A stream's batches on the device; the workers end with the context."""
+    workers = num_workers(workers, ranks=machine.world.size)
+    if isinstance(stream, ShardStream) and stream.stop is not None:
+        workers = min(workers, stream.stop)
+    batches = make_loader(stream, workers=workers, pin_memory=machine.device.type == "cuda")
+    with closing(batches):
+        yield prefetch_to_device(batches, machine.device)
+
+
+def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with their tensors on the device; on CUDA the next is copied while one is used."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield _to(batch, device)
+        return
+    copying = torch.cuda.Stream(device)
+    ready = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            coming = _to(batch, device)
+        if ready is not None:
+            yield ready
+        ready = _take(coming, copying, device)  # what is queued by now does not wait for it
+    if ready is not None:
+        yield ready
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    tensors = (t.to(device, non_blocking=True) for t in batch[:3])
+    return Batch(*tensors, batch.bad_samples)
+
+
+def _take(batch: Batch, copying: torch.cuda.Stream, device: torch.device) -> Batch:
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(copying)
+    for tensor in batch[:3]:
+        tensor.record_stream(current)
+    return batch

@@ -1,0 +1,95 @@
+"""Training from the first line that is printed to the last."""
+
+import gc
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+
+import click
+
+from wds_convnext.config import TrainConfig
+from wds_convnext.errors import TrainingError
+from wds_convnext.training.checkpoint import load_checkpoint, load_weights
+from wds_convnext.training.distributed import (
+    STOPPED_EXIT_CODE,
+    Machine,
+    barrier,
+    choose_amp,
+    is_lost_peer,
+    join_world,
+    leave_world,
+)
+from wds_convnext.training.feed import loading
+from wds_convnext.training.log import RunLog
+from wds_convnext.training.loop import fit
+from wds_convnext.training.run import Run, open_run
+from wds_convnext.training.rundir import RunDir, choose
+from wds_convnext.training.schedule import lr_warning
+
+
+def train(config: TrainConfig) -> int:
+    """Train as configured; gives the exit code: 0, or 75 if a signal stopped the run."""
+    world, device = join_world(config.device)
+    try:
+        compiled = device.type == "cuda" if config.compile is None else config.compile
+        return _train(config, Machine(world, device, choose_amp(config.amp, device), compiled))
+    except RuntimeError as error:
+        if world.size == 1 or not is_lost_peer(error):
+            raise
+        raise TrainingError(
+            f"rank {world.rank}: another process of the run is gone "
+            f"({str(error).splitlines()[0]}). Nothing was saved from this step; continue with "
+            "--resume, or let torchrun --max-restarts do so."
+        ) from None
+    finally:
+        gc.unfreeze()  # `fit` froze; frozen objects would also outlive their modules at exit
+        leave_world(world)
+
+
+def _train(config: TrainConfig, machine: Machine) -> int:
+    say = click.echo if machine.world.is_main else lambda text: None
+    warn = partial(click.secho, err=True) if machine.world.is_main else lambda text: None
+    rundir, checkpoint = choose(config, machine.world, warn=warn)
+    is_resumed = checkpoint is not None
+    run, notes = open_run(config, machine, checkpoint=checkpoint, warn=warn)
+    del checkpoint  # nothing refers to its file from here on
+
+    barrier(machine.world)  # every rank has looked at the folder
+    rundir.prepare(run.config, fresh=not is_resumed)
+    for line in (run.introduction(), *notes):
+        say(line)
+    if warning := lr_warning(config, run.order.global_batch_size):
+        warn(warning)
+
+    with (
+        rundir.status(run) as status,
+        loading(run.stream(), config.workers, machine) as batches,
+        closing(
+            RunLog(rundir.path, start_step=run.state.step, quiet=not machine.world.is_main)
+        ) as log,
+    ):
+        status.reason = fit(run, batches, log=log, rundir=rundir)
+    if status.reason != "finished":
+        say(
+            f"Stopped by {status.reason} after step {run.state.step}; "
+            f"saved {rundir.path / 'last.pt'}."
+        )
+        say(f"Continue with: wds-convnext train --resume {rundir.path}")
+        return STOPPED_EXIT_CODE
+    if run.validation:
+        _evaluate_best(run, rundir, say=say)
+    return 0
+
+
+def _evaluate_best(run: Run, rundir: RunDir, *, say: Callable) -> None:
+    """Evaluate the best of the run's weights, and say how good they are."""
+    best = load_checkpoint(rundir.path / "best.pt")
+    load_weights(run.state.model, best)
+    stream = run.validation.stream
+    with loading(stream, run.config.workers, run.machine) as batches:
+        result = run.validation.run(run.recipe.forward, batches)
+    low, high = result.top1_interval
+    say(
+        f"Final Model Accuracy: {result.top1:.2%} (validation split, n = {result.num_samples:,}, "
+        f"95 % interval {low:.2%} to {high:.2%}; chosen on this split, so report a test split)"
+    )
