@@ -11,7 +11,8 @@ from wds_convnext.training.distributed import StopRequest, StopVote
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
 from wds_convnext.training.rundir import RunDir
-from wds_convnext.training.step import Interval, augment_on_device, eager_loss, train_step
+from wds_convnext.training.state import Interval
+from wds_convnext.training.step import augment_on_device, eager_loss, train_step
 
 if TYPE_CHECKING:
     from wds_convnext.training.run import Run

@@ -32,7 +32,8 @@ from wds_convnext.training.rundir import (
     fit_to_checkpoint,
 )
 from wds_convnext.training.schedule import lr_schedule, validation_schedule
-from wds_convnext.training.step import StepRecipe, TrainState, build_recipe, build_state
+from wds_convnext.training.state import TrainState, build_state
+from wds_convnext.training.step import StepRecipe, build_recipe
 
 _NUM_NAMED = 8  # samples of a failed step that a message names
 
