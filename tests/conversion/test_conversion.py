@@ -13,11 +13,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import wait_until
 from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows, write_split
 
 import wds_convnext.conversion
+from wds_convnext.check.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
 from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.reader import SampleReader
@@ -446,6 +448,50 @@ def test_unusable_rows_are_left_out_and_listed_on_request(flawed, tmp_path, shuf
         assert sorted(shard.num_samples for shard in report.shards) == [7, 8]
 
 
+@pytest.mark.parametrize("labels", [[-1] * 5, [None] * 5, None])
+def test_a_split_without_labels_is_left_out_and_said(tmp_path, labels):
+    """The test split of a benchmark: all -1, all null, or no such column; others convert."""
+    images = [encode(i) for i in range(5)]
+    write_split(tmp_path / "in", "train", image_table(images, [0, 1, 2, 3, 0]))
+    table = image_table(images, pa.array(labels or [0] * 5, pa.int64()))
+    write_split(tmp_path / "in", "test", table if labels else table.drop_columns("label"))
+
+    report = convert(tmp_path / "in", tmp_path / "out")
+
+    assert [split.split for split in report.splits] == ["train"]
+    assert "test: left out, " in str(report)
+    assert "columns: images from image, labels from label" in str(report)
+    assert not list((tmp_path / "out").glob("test*"))
+    found = verify(str(tmp_path / "out"), against=str(tmp_path / "in"), jobs=1, quiet=True)
+    assert found.problems == ()
+
+
+def test_a_training_split_without_labels_is_an_error(tmp_path):
+    """It is never left out for the sake of a test split."""
+    images = [encode(i) for i in range(3)]
+    write_split(tmp_path / "in", "train", image_table(images, [-1, -1, -1]))
+    write_split(tmp_path / "in", "test", image_table(images, [0, 1, 2]))
+
+    with pytest.raises(DataError, match="train cannot be used: none of its 3 rows has a label"):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_advice_names_no_test_split(tmp_path):
+    """Whatever is larger."""
+    images = [encode(i) for i in range(4)]
+    write_split(tmp_path / "in", "mydata_test", image_table(images, [0, 1, 2, 3]))
+    alone = convert(tmp_path / "in", tmp_path / "alone")
+    write_split(tmp_path / "in", "mydata_train", image_table(images[:1], [0]))
+
+    both = convert(tmp_path / "in", tmp_path / "both")
+
+    assert "train --shards" not in str(alone)
+    assert f"train --shards {tmp_path}/both/mydata_train.json" in str(both)
+    assert [key for key, _, _ in read_tar(tmp_path / "both" / "mydata_test-000.tar")] == [
+        f"{row:09d}" for row in range(4)
+    ]
+
+
 def test_all_formats_keep_their_extension_and_are_reported(tmp_path):
     """The report counts formats, modes, and what a reader may trip over."""
     formats = ["JPEG", "PNG", "WEBP", "BMP", "GIF"]
@@ -490,9 +536,9 @@ def test_a_vanished_input_is_one_line(source, tmp_path, monkeypatch):
 
     find_class_names = module.find_class_names
 
-    def vanish(splits):
+    def vanish(splits, **options):
         Path(source, "train-00001-of-00003.parquet").unlink()
-        return find_class_names(splits)
+        return find_class_names(splits, **options)
 
     monkeypatch.setattr(module, "find_class_names", vanish)
 

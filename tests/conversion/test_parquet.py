@@ -1,12 +1,20 @@
 """Splits, columns, classes and rows are found in parquet files as they exist in the world."""
 
+import json
+import re
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from parquet_sets import CLASS_NAMES, encode, image_table, sorted_rows, write_split
 
-from wds_convnext.conversion.parquet import find_splits, open_split, split_of
-from wds_convnext.conversion.rows import UNLABELLED, find_class_names, read_rows
+from wds_convnext.conversion.columns import find_columns
+from wds_convnext.conversion.opening import find_class_names
+from wds_convnext.conversion.parquet import open_split
+from wds_convnext.conversion.rows import UNLABELLED, read_rows
+from wds_convnext.conversion.sources import find_splits, split_of
 from wds_convnext.errors import DataError, UsageError
 
 
@@ -28,6 +36,10 @@ def rows_of(split, class_names=CLASS_NAMES, start=0, stop=None):
         ("test_07.parquet", "test"),
         ("mini_train-00000-of-00001.parquet", "mini_train"),
         ("default/test/0000.parquet", "test"),
+        ("train/part-00000-6b2e0f3c-21e5-4c0f-9a11-c000.snappy.parquet", "train"),
+        ("train.parquet/part.3.parquet", "train"),
+        ("pictures/split=test/00000000.parquet", "test"),
+        ("val2017.parquet", "val2017"),
     ],
 )
 def test_the_split_is_what_the_name_says(name, split):
@@ -58,18 +70,80 @@ def test_files_are_in_the_order_of_their_numbers(tmp_path):
     assert [path.rsplit("_")[-1] for path in paths] == ["1.parquet", "9.parquet", "10.parquet"]
 
 
-def test_a_missing_source_names_both_remedies(tmp_path):
-    """The message says how to download the data, and how to do without."""
-    with pytest.raises(UsageError, match=r"no parquet files.*make data.*make demo"):
-        find_splits(str(tmp_path / "absent"))
+@pytest.mark.parametrize("part", ["absent.parquet", "absent", "*/absent-*.parquet", "empty"])
+def test_every_part_of_a_source_names_files(tmp_path, part):
+    """What is missing is named, also next to what is there."""
+    (present,) = write_split(tmp_path, "train", image_table(*sorted_rows(1)))
+    (tmp_path / "empty").mkdir()
+
+    for source in (f"{tmp_path}/{part}", f"{present},{tmp_path}/{part}"):
+        with pytest.raises(UsageError, match=f"{re.escape(part)}: no parquet files"):
+            find_splits(source)
 
 
 def test_a_missing_file_of_a_series_is_an_error(tmp_path):
     """A download that stopped half way is not converted as if it were whole."""
     write_split(tmp_path, "train", image_table(*sorted_rows(6)), num_files=3)[1].unlink()
 
-    with pytest.raises(UsageError, match="1 of 3 files are missing, the first is number 00001"):
+    with pytest.raises(
+        UsageError, match="1 of 3 files are missing, the first is .*/train-00001-of-00003.parquet"
+    ):
         find_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["full/train.parquet", "small/train.parquet"],
+        ["data/train-00000-of-00001.parquet", "data/train-00001-of-00002.parquet"],
+        ["160px/train/0000.parquet", "320px/train/0000.parquet"],
+        ["snapshots/0a1b/data/train.parquet", "snapshots/9c8d/data/train.parquet"],
+        ["train.parquet", "old/train-0.parquet"],
+        ["train-00000-of-00001-aaaaaaaa.parquet", "train-00000-of-00001-bbbbbbbb.parquet"],
+        ["pictures/part-00000-aaaa.parquet", "pictures/part-00000-bbbb.parquet"],
+        ["train-0.parquet", "train_0.parquet"],
+    ],
+)
+def test_a_split_is_of_one_folder_and_one_series(tmp_path, names):
+    """Two revisions, configurations or sizes of a data set are never added together."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    for source in (tmp_path, f"{tmp_path}/**/*.parquet"):
+        with pytest.raises(UsageError) as error:
+            find_splits(str(source))
+        assert all(name.rpartition("-0000")[0] in str(error.value) for name in names)
+
+
+@given(total=st.integers(1, 12), first=st.integers(0, 1), data=st.data())
+def test_a_numbered_series_is_whole_or_refused(tmp_path_factory, total, first, data):
+    """Whether it counts from 0 or 1, with or without the hashes of older versions."""
+    hashes = data.draw(st.sampled_from(["", "-0a1b2c3d4e5f6789"]))
+    numbers = set(range(first, first + total))
+    there = data.draw(st.sets(st.sampled_from(sorted(numbers)), min_size=1))
+    folder = tmp_path_factory.mktemp("series")
+    for i in there:
+        (folder / f"train-{i:05d}-of-{total:05d}{hashes}.parquet").touch()
+
+    # From 1 to n - 1 of n may also be 0 to n - 1 without the first: refused, either way.
+    if there == numbers:
+        assert len(find_splits(str(folder))["train"]) == total
+    else:
+        with pytest.raises(UsageError, match=f" of {total} files are missing"):
+            find_splits(str(folder))
+
+
+@pytest.mark.parametrize("folder", ["data [v2]", "a[0-9]", "x*y", "{1}"])
+def test_a_folder_may_have_any_name(tmp_path, folder):
+    """Brackets in a folder that is there are no pattern; hidden files are no data."""
+    (path,) = write_split(tmp_path / folder, "train", image_table(*sorted_rows(1)))
+    for hidden in ("._train-00000-of-00001.parquet", "_metadata.parquet", "_delta_log/0.parquet"):
+        (tmp_path / folder / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / folder / hidden).touch()
+
+    for source in (tmp_path / folder, f"{tmp_path}/{folder}/train-*.parquet", path):
+        assert find_splits(str(source)) == {"train": [str(path)]}
 
 
 @pytest.mark.parametrize("row_group_size", [1, 3, 1000])
@@ -101,19 +175,24 @@ def test_empty_files_and_null_rows_are_read_as_such(tmp_path):
     assert rows == [(i, image, label) for i, (image, label) in enumerate(zip(images, labels))]
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
-def test_plain_binary_columns_of_any_name_are_found_by_type(tmp_path, kind):
-    """Without metadata, the only binary column is the image, the only integer one the label."""
-    images, labels = sorted_rows(5)
-    table = pa.table({"content": pa.array(images, kind), "kind": pa.array(labels, pa.uint8())})
+@pytest.mark.parametrize("label_type", [pa.uint8(), pa.uint64(), pa.bool_()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_plain_columns_need_no_metadata(tmp_path, kind, label_type):
+    """The only column of bytes holds the images, whatever its name; classes are numbers."""
+    images, labels = sorted_rows(5, num_classes=2 if label_type == pa.bool_() else 4)
+    table = pa.table(
+        {"content": pa.array(images, kind), "label": pa.array(labels).cast(label_type)}
+    )
     (path,) = write_split(tmp_path, "train", table)
     split = open_split("train", [str(path)])
 
-    assert find_class_names([split]) == ("0", "1", "2", "3")
+    assert find_class_names([split]) == tuple("0123"[: max(labels) + 1])
     assert rows_of(split) == list(zip(range(5), images, labels))
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_string_labels_are_numbered_by_sorted_name_over_all_splits(tmp_path, kind):
     """A class that occurs in one split only has the same number in each."""
     splits = []
@@ -136,7 +215,7 @@ def test_columns_that_do_not_fit_are_an_error_that_lists_the_columns(tmp_path):
     (path,) = write_split(tmp_path, "train", table)
     columns = r"columns: left \(binary\), right \(binary\), a \(int64\), b \(int64\)"
 
-    with pytest.raises(UsageError, match=f"several image columns fit; {columns}"):
+    with pytest.raises(UsageError, match=rf"several image columns fit \(left, right\); {columns}"):
         open_split("train", [str(path)])
     with pytest.raises(UsageError, match=f"--image-column lefd is not there; {columns}.*left"):
         open_split("train", [str(path)], image="lefd")
@@ -144,6 +223,67 @@ def test_columns_that_do_not_fit_are_an_error_that_lists_the_columns(tmp_path):
         open_split("train", [str(path)], image="right", label="left")
     split = open_split("train", [str(path)], image="right", label="b")
     assert split.parts[0].columns.leaves == ["right", "b"]
+
+
+def columns_of(types: dict, class_labels=()):
+    """The columns that are chosen in a file of these columns, all of one image and number."""
+    features = {name: {"_type": "ClassLabel", "names": ["a", "b"]} for name in class_labels}
+    stated = json.dumps({"info": {"features": features}})
+    schema = pa.schema(list(types.items()), metadata={"huggingface": stated})
+    found = find_columns("a.parquet", schema)
+    return found.image, found.label
+
+
+image_struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    ("types", "class_labels", "expected"),
+    [
+        ({"jpg": pa.binary(), "cls": pa.int64(), "__key__": pa.string()}, (), ("jpg", "cls")),
+        ({"image": image_struct, "id": pa.int64(), "label": pa.int64()}, (), ("image", "label")),
+        ({"image": image_struct, "kind": pa.int64(), "id": pa.int64()}, ("kind",),
+         ("image", "kind")),
+        ({"img": image_struct, "coarse_label": pa.int64(), "fine_label": pa.int64()},
+         ("coarse_label", "fine_label"), ("img", "fine_label")),
+        ({"image": image_struct, "Target": pa.string(), "caption": pa.string()}, (),
+         ("image", "Target")),
+    ],
+)  # fmt: skip
+def test_columns_are_those_of_the_metadata_or_of_usual_names(types, class_labels, expected):
+    """Hugging Face's features first; identifiers and captions next to them do not matter."""
+    assert columns_of(types, class_labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("types", "class_labels"),
+    [
+        ({"image_id": pa.int64(), "labels": pa.list_(pa.int64())}, ()),
+        ({"text": pa.string()}, ()),
+        ({"__key__": pa.string()}, ()),
+        ({"file_name": pa.string(), "width": pa.int64()}, ()),
+        ({"source": pa.int64(), "label": pa.int64()}, ("source",)),
+        ({"left": pa.int64(), "right": pa.int64()}, ("left", "right")),
+    ],
+)
+def test_a_column_that_may_be_no_label_is_refused(types, class_labels):
+    """The candidates are named, and the option that names one of them."""
+    with pytest.raises(UsageError, match="--label-column") as error:
+        columns_of({"image": image_struct} | types, class_labels)
+
+    assert all(name in str(error.value) for name in types)
+
+
+@pytest.mark.parametrize("labels", [list("abcdefghij"), list(range(10)), list(range(990, 1000))])
+def test_about_as_many_labels_as_rows_are_asked_about(tmp_path, labels):
+    """They may be identifiers or captions, unless the user named the column."""
+    table = image_table([encode(i) for i in range(10)], labels, class_names=None)
+    (path,) = write_split(tmp_path, "train", table)
+    split = open_split("train", [str(path)])
+
+    with pytest.raises(UsageError, match="10 different labels in 10 rows.*--label-column"):
+        find_class_names([split])
+    assert len(find_class_names([split], is_label_named=True)) in (10, 1000)
 
 
 def test_columns_may_stand_in_any_order_among_others(tmp_path):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
 from wds_convnext.shards.dataset import Dataset, read_manifest
+from wds_convnext.shards.naming import split_of
 from wds_convnext.shards.spec import (
     Shard,
     expand_spec,
     manifest_path,
-    split_of,
     staging_path,
 )
 

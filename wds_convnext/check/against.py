@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import ShardSplit
 from wds_convnext.conversion.layout import unit_edges
-from wds_convnext.conversion.parquet import ParquetSplit, find_splits, open_split
+from wds_convnext.conversion.opening import open_splits
+from wds_convnext.conversion.parquet import ParquetSplit, open_split
 from wds_convnext.conversion.rows import UNLABELLED, read_rows
+from wds_convnext.conversion.sources import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -59,14 +60,12 @@ def find_inputs(source: str, splits: list[ShardSplit]) -> dict[str, ParquetSplit
 
 
 def splits_without_shards(source: str, splits: list[ShardSplit]) -> dict[str, int]:
-    """The splits of the input that are not among those of the shards, and their rows, if any."""
+    """The labelled splits of the input that are not among those of the shards, and their rows."""
     there = {split.name for split in splits}
-    rows = {
-        name: sum(pq.read_metadata(path).num_rows for path in paths)
-        for name, paths in find_splits(source).items()
-        if name not in there
-    }
-    return {name: num_rows for name, num_rows in rows.items() if num_rows}
+    manifests = [split.manifest for split in splits if split.manifest]
+    image, label = manifests[0].options.get("columns", (None, None)) if manifests else (None, None)
+    opened, _ = open_splits(source, image=image, label=label)
+    return {split.name: split.num_rows for split in opened if split.name not in there}
 
 
 def compare_with_input(

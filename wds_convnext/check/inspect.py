@@ -16,13 +16,13 @@ from wds_convnext.check.parquetinfo import ParquetSummary, summarise_parquet
 from wds_convnext.check.sheet import draw_sheet
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
 from wds_convnext.config import InspectConfig
-from wds_convnext.conversion.layout import is_held_out
-from wds_convnext.conversion.parquet import find_splits
+from wds_convnext.conversion.sources import find_splits
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.image import ImageSurvey, inspect_image
+from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.spec import Shard, check_size
 from wds_convnext.shards.tar import read_samples

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wds_convnext.conversion.parquet import find_columns, unreadable
+from wds_convnext.conversion.columns import find_columns
+from wds_convnext.conversion.parquet import unreadable
 from wds_convnext.errors import UsageError
 
 

@@ -7,27 +7,33 @@ from pathlib import Path
 
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
-from wds_convnext.conversion.layout import is_held_out
-from wds_convnext.conversion.parquet import find_splits, open_split
+from wds_convnext.conversion.opening import find_class_names, open_splits
 from wds_convnext.conversion.report import SplitReport
-from wds_convnext.conversion.rows import find_class_names
-from wds_convnext.errors import DataError, UsageError, WdsConvnextError
+from wds_convnext.errors import UsageError, WdsConvnextError
+from wds_convnext.shards.naming import is_held_out
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion wrote and found; as text, a paragraph for each split."""
+    """What a conversion wrote and found; as text, a paragraph for each split.
+
+    `left_out` says by name why other splits of the source were not converted.
+    """
 
     out: str
     splits: tuple[SplitReport, ...]
+    left_out: dict[str, str]
     seconds: float
 
     def __str__(self) -> str:
         lines = [line for split in self.splits for line in split.lines()]
+        lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         lines.append(f"{self.seconds:.1f} s")
-        first = max(self.splits, key=lambda split: (not is_held_out(split.split), split.num_bytes))
         lines.append(f"next: wds-convnext verify {self.out}")
-        lines.append(f"      wds-convnext train --shards {Path(self.out, first.split)}.json")
+        trainable = [split for split in self.splits if not is_held_out(split.split)]
+        if trainable:
+            first = max(trainable, key=lambda split: split.num_bytes)
+            lines.append(f"      wds-convnext train --shards {Path(self.out, first.split)}.json")
         return "\n".join(lines)
 
 
@@ -37,7 +43,7 @@ def convert(
     """Convert parquet files of images and labels to tar shards, a manifest and sidecars.
 
     Args:
-        source: a folder of parquet files, a glob, or a comma list (see `parquet.find_splits`).
+        source: a folder of parquet files, a glob, or a comma list (see `sources.find_splits`).
         config: what to write where, and how.
         options: fields of `ShardsConfig` by name: `out="data", num_shards=4`.
             By default there is a process per CPU core, so that a script has to call this under
@@ -50,12 +56,10 @@ def convert(
     config = ShardsConfig.of(config, options)
     out = config.out
     try:
-        splits = [
-            open_split(name, paths, image=config.image_column, label=config.label_column)
-            for name, paths in find_splits(str(source)).items()
-        ]
-        splits = [split for split in splits if split.num_rows] or _no_rows(source)
-        class_names = find_class_names(splits)
+        splits, left_out = open_splits(
+            str(source), image=config.image_column, label=config.label_column
+        )
+        class_names = find_class_names(splits, is_label_named=config.label_column is not None)
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
             c
@@ -70,11 +74,7 @@ def convert(
             f"{where}: {error.strerror or error}. Nothing in {out} reads as complete that is not; "
             "fix it and run the same command again: it goes on where it stopped."
         ) from None
-    return ConversionReport(out, tuple(reports), time.monotonic() - started)
-
-
-def _no_rows(source: str):
-    raise DataError(f"{source}: the parquet files have no rows.")
+    return ConversionReport(out, tuple(reports), left_out, time.monotonic() - started)
 
 
 def _check_space(out: str, needed: int) -> None:

@@ -19,7 +19,6 @@ from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.layout import (
     TAR_BYTES,
     dataset_name,
-    is_held_out,
     shard_edges,
     unit_edges,
 )
@@ -44,6 +43,7 @@ from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.index import index_content
+from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.spec import Shard
 
 FORMAT_VERSION = 1  # of the bytes written: the same input, options and version give the same
@@ -69,6 +69,12 @@ class Conversion:
         width = max(3, len(str(num_shards - 1)))
         return [f"{self.split.name}-{i:0{width}d}" for i in range(num_shards)]
 
+    @property
+    def columns(self) -> tuple[str, str]:
+        """The columns of images and of labels."""
+        columns = self.split.parts[0].columns
+        return columns.image, columns.label
+
     def run(self) -> SplitReport:
         """Write the shards, beginning where an earlier run has stopped."""
         files = [name + extension for name in self.names for extension in (".tar", ".idx")]
@@ -85,7 +91,9 @@ class Conversion:
         finally:
             self.staging.close()
         skipped = Counter(kind_of(reason) for _, reason in self.bad)
-        return SplitReport(self.split.name, shards, self.class_names, self.survey, skipped)
+        return SplitReport(
+            self.split.name, shards, self.class_names, self.columns, self.survey, skipped
+        )
 
     def report_complete(self) -> SplitReport:
         """The report on a split that an earlier run has written."""
@@ -100,6 +108,7 @@ class Conversion:
             self.split.name,
             manifest.shards,
             manifest.class_names,
+            self.columns,
             skipped=skipped,
             already_complete=True,
         )
@@ -114,12 +123,11 @@ class Conversion:
     @cached_property
     def identity(self) -> dict:
         """What the bytes of the shards depend on; stands in the manifest as its options."""
-        columns = self.split.parts[0].columns
         return {
             "source_digest": self.split.digest,
             "class_digest": f"{derive_key(*self.class_names):016x}",
             "format_version": FORMAT_VERSION,
-            "columns": [columns.image, columns.label],
+            "columns": list(self.columns),
             "num_shards": len(self.edges) - 1,
             "edges": None if self.config.shuffle else self.edges,
             "shuffle": self.config.shuffle,

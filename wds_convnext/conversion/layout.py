@@ -1,6 +1,5 @@
 """Which rows go to which shard and which spill file, and which splits are shuffled."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,6 @@ from wds_convnext.errors import UsageError
 TAR_BYTES = 2048  # a sample's headers, label and padding
 _UNIT_BYTES = 256 << 20  # images in a spill file
 _MAX_UNITS = 512  # spill files are open together while a shard collects its samples
-
-
-def is_held_out(split: str) -> bool:
-    """Whether a split is for validation or test, and so keeps its stored order."""
-    return re.match(r"val|dev|test|eval", split) is not None
 
 
 def dataset_name(split: ParquetSplit) -> str:

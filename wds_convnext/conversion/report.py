@@ -15,6 +15,7 @@ class SplitReport:
     split: str
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...]
+    columns: tuple[str, str]  # of images, of labels
     survey: ImageSurvey = field(default_factory=ImageSurvey)
     skipped: Counter = field(default_factory=Counter)
     already_complete: bool = False
@@ -41,9 +42,10 @@ class SplitReport:
             f"{len(self.shards)} shard{'s' * (len(self.shards) != 1)}, "
             f"{self.num_bytes / 1e6:,.1f} MB"
         )
-        lines = [f"  {name}: {_counts(counter)}" for name, counter in found if counter]
+        columns = "  columns: images from {}, labels from {}".format(*self.columns)
+        lines = [columns] + [f"  {name}: {_counts(counter)}" for name, counter in found if counter]
         if self.survey.formats:
-            lines.insert(2, f"  sizes: {self.survey.describe_sizes()}")
+            lines.insert(3, f"  sizes: {self.survey.describe_sizes()}")
         return [head, *lines]
 
 

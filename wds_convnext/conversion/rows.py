@@ -9,47 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wds_convnext.conversion.parquet import Columns, ParquetPart, ParquetSplit, unreadable
-from wds_convnext.errors import DataError
+from wds_convnext.conversion.columns import Columns
+from wds_convnext.conversion.parquet import ParquetPart, ParquetSplit, unreadable
 
 UNLABELLED = -1  # stands for a null, negative or unknown label
-_MAX_CLASSES = 1_000_000
 _BATCH_BYTES = 2 << 20  # image bytes held at a time
-
-
-def find_class_names(splits: list[ParquetSplit]) -> tuple[str, ...]:
-    """The class names that the splits share: as their metadata states, else from the labels.
-
-    Labels without names are `0 … highest` if integers, and their sorted values if strings.
-
-    Raises:
-        DataError: if the splits' names differ, or labels cannot be class numbers.
-    """
-    parts = [part for split in splits for part in split.parts]
-    for part in parts:
-        if part.columns.class_names != parts[0].columns.class_names:
-            raise DataError(
-                f"{parts[0].path} and {part.path}: their class names differ. "
-                "Convert them into separate folders."
-            )
-    if parts[0].columns.class_names:
-        return parts[0].columns.class_names
-    values = set()
-    for split in splits:
-        for labels in read_labels(split, 0, split.num_rows):
-            values.update(pc.unique(labels).to_pylist())
-    values.discard(None)
-    if len({isinstance(value, str) for value in values}) > 1:
-        raise DataError("labels are integers in some splits and strings in others. Name one kind.")
-    if all(isinstance(value, str) for value in values):
-        return tuple(sorted(values))
-    highest = int(max(values))
-    if highest >= _MAX_CLASSES:
-        raise DataError(
-            f"{parts[0].path}, column {parts[0].columns.label}: a label of {highest:,}; expected "
-            "class numbers from 0. Name another column with --label-column."
-        )
-    return tuple(str(label) for label in range(highest + 1))
 
 
 @dataclass(frozen=True)
@@ -81,12 +45,12 @@ def read_rows(
 
 
 def read_labels(split: ParquetSplit, start: int, stop: int) -> Iterator[pa.Array]:
-    """The labels of rows [start, stop) of a split as they are stored, in batches."""
+    """The labels of rows [start, stop) of a split, in batches; dictionaries are decoded."""
     for part, part_start in zip(split.parts, split.part_starts):
         first, last = max(start - part_start, 0), min(stop - part_start, part.num_rows)
         if first < last:
             for _, batch in _read_part(part, [part.columns.label], first, last, batch_size=1 << 16):
-                yield batch.column(part.columns.label)
+                yield _plain(batch.column(part.columns.label))
 
 
 def _read_part(part: ParquetPart, leaves, first: int, last: int, batch_size: int | None = None):
@@ -111,8 +75,10 @@ def _read_part(part: ParquetPart, leaves, first: int, last: int, batch_size: int
 
 
 def _image_views(column: pa.Array, columns: Columns) -> list[memoryview | None]:
-    """The bytes of each row, without a copy."""
+    """The bytes of each row, without a copy (but for binary views, which are not in one piece)."""
     array = column.field("bytes") if columns.image_is_struct else column
+    if pa.types.is_binary_view(array.type):
+        array = array.cast(pa.large_binary())
     if len(array) == 0:
         return []
     width = np.int64 if pa.types.is_large_binary(array.type) else np.int32
@@ -127,12 +93,16 @@ def _image_views(column: pa.Array, columns: Columns) -> list[memoryview | None]:
     return [view if ok else None for view, ok in zip(views, valid.tolist())]
 
 
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
 def label_numbers(column: pa.Array, class_names: tuple[str, ...]) -> np.ndarray:
     """Labels as class numbers, int64; UNLABELLED where null or not a class."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    column = _plain(column)
     if pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
-        numbers = column.cast(pa.int64()).fill_null(UNLABELLED).to_numpy(False)
+        # Not safe: uint64 beyond int64 becomes negative, which is no class either.
+        numbers = column.cast(pa.int64(), safe=False).fill_null(UNLABELLED).to_numpy(False)
     else:
         names = pa.array(class_names, pa.large_string())
         found = pc.index_in(column.cast(pa.large_string()), value_set=names)

@@ -22,6 +22,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
 from wds_convnext.shards.index import SampleIndex
 from wds_convnext.shards.indexing import find_index
+from wds_convnext.shards.naming import split_of
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import (
     MANIFEST_FORMAT,
@@ -31,7 +32,6 @@ from wds_convnext.shards.spec import (
     index_path,
     load_manifest,
     manifest_path,
-    split_of,
     staging_path,
 )
 

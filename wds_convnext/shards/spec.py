@@ -11,6 +11,7 @@ from pathlib import Path
 import braceexpand
 
 from wds_convnext.errors import ShardError, did_you_mean
+from wds_convnext.shards.naming import split_of
 
 MANIFEST_FORMAT = "wds_convnext 1"
 
@@ -75,12 +76,6 @@ def index_path(manifest_path: str | os.PathLike) -> str:
 def staging_path(manifest_path: str | os.PathLike) -> str:
     """Where the shards of a manifest stand until all are complete: `data/train.partial`."""
     return str(manifest_path).removesuffix(".json") + ".partial"
-
-
-def split_of(shard_name: str) -> str:
-    """The split in a shard's name: `train-000.tar` -> `train`; `all` for a bare number."""
-    stem = os.path.basename(shard_name).removesuffix(".tar")
-    return re.sub(r"[-_]?\d+$", "", stem) or "all"
 
 
 def expand_spec(spec: str, *, allow_missing: bool = False) -> list[str]:
