@@ -18,7 +18,7 @@ from wds_convnext.config import (
     TrainConfig,
     VerifyConfig,
 )
-from wds_convnext.errors import UsageError, WdsConvnextError
+from wds_convnext.errors import WdsConvnextError
 from wds_convnext.options import (
     GroupedCommand,
     GroupedOption,
@@ -75,11 +75,11 @@ def train(ctx: click.Context, **options) -> None:
     """
     if options["resume"]:
         options |= _options_of_the_run(ctx, options)
-    if options["shards"] is None:
-        raise UsageError("--shards is missing. Name them: --shards 'data/train-<000..012>.tar'.")
+    config = TrainConfig(**options)
+    config.require_shards()  # before torch is imported, which takes seconds
     from wds_convnext.training.train import train as run_training
 
-    sys.exit(run_training(TrainConfig(**options)))
+    sys.exit(run_training(config))
 
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:

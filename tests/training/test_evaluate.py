@@ -13,7 +13,7 @@ from wds_convnext.errors import DataError
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.distributed import World
-from wds_convnext.training.evaluate import EvalResult, evaluate
+from wds_convnext.training.evaluate import EvalResult, evaluate_batches
 
 CPU = torch.device("cpu")
 
@@ -42,9 +42,10 @@ def random_batches(num_samples: int, *, batch_size: int, num_classes: int, seed=
 
 
 def run(batches: list[Batch], *, num_classes: int, model_class=FirstPixels) -> EvalResult:
-    return evaluate(
+    return evaluate_batches(
         model_class(num_classes),
         batches,
+        num_classes=num_classes,
         normalizer=Normalizer((0, 0, 0), (1, 1, 1), CPU),
         autocast=nullcontext,
         world=World(),

@@ -229,6 +229,17 @@ class TrainConfig(Config):
                 f"Use {self.batch_size + 1}, or --mixup 0 --cutmix 0."
             )
 
+    def require_shards(self) -> None:
+        """Refuse to start without shards: a run that is resumed takes them from its config.toml.
+
+        Raises:
+            UsageError: if none are named.
+        """
+        if self.shards is None:
+            raise UsageError(
+                "--shards is missing. Name them: --shards 'data/train-<000..012>.tar'."
+            )
+
 
 @dataclass(frozen=True)
 class EvalConfig(Config):

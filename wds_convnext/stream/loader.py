@@ -65,15 +65,16 @@ def num_workers(asked_for: int | None, *, ranks: int = 1) -> int:
 
 
 class Slots:
-    """PREFETCH + 1 image batches per worker, like one that is given: uint8 channels_last."""
+    """PREFETCH + 1 image batches per worker, like one that is given, channels_last."""
 
     def __init__(self, num_workers: int, images: torch.Tensor):
         shape = (num_workers, PREFETCH + 1, *images.permute(0, 2, 3, 1).shape)
         if START_METHOD == "fork":
             # Inherited, and not part of /dev/shm, which containers keep small.
-            memory = torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8)
+            num_bytes = math.prod(shape) * images.element_size()
+            memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=images.dtype)
         else:
-            memory = torch.empty(math.prod(shape), dtype=torch.uint8).share_memory_()
+            memory = torch.empty(math.prod(shape), dtype=images.dtype).share_memory_()
         self._images = memory.view(shape)
 
     def __len__(self) -> int:

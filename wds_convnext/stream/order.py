@@ -154,6 +154,10 @@ class EvalOrder:
         number = np.minimum(position, num_samples - 1)
         return SampleRefs(number, np.zeros_like(number), position < num_samples)
 
+    def sample_keys(self, refs: SampleRefs) -> np.ndarray:
+        """A uint64 key per reference, for what a transform draws: the same in each evaluation."""
+        return subkeys(derive_key("evaluate"), refs.number)
+
 
 @lru_cache(maxsize=4)
 def _cached_global_batch(order: TrainOrder, step: int) -> SampleRefs:

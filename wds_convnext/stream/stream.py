@@ -8,18 +8,19 @@ same workers, in their place in the sequence, so nothing waits when a validation
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from functools import partial
+from contextlib import ExitStack, closing, suppress
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from wds_convnext.errors import DataError, TrainingError, WdsConvnextError
+from wds_convnext.errors import DataError, TrainingError, UsageError, WdsConvnextError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
+from wds_convnext.stream.custom import CustomTransform
 from wds_convnext.stream.loader import Slots, items_of_workers
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 
@@ -29,7 +30,7 @@ _MAX_REPLACEMENTS = 64
 class Batch(NamedTuple):
     """One batch of one rank."""
 
-    images: torch.Tensor  # uint8 (B, 3, S, S), channels_last
+    images: torch.Tensor  # uint8 (B, 3, S, S), channels_last; a custom transform's own shape
     labels: torch.Tensor  # int64 (B,)
     is_real: torch.Tensor  # bool (B,); False for the padding of a last evaluation batch
     bad_samples: list  # one dict (shard, key, offset, epoch, reason) per replaced sample
@@ -41,7 +42,8 @@ class ShardStream(IterableDataset):
     Args:
         dataset: the shards to read.
         order: which sample comes when.
-        transform: (encoded bytes, draws) -> uint8 (3, S, S); see `transforms`.
+        transform: `TrainTransform`, `EvalTransform`, or any function of the encoded bytes that
+            gives an image (C, H, W); see `custom.CustomTransform`.
         batch_size: samples per batch and rank.
         start: number of the first batch to make (to resume).
         decode: False gives samples as webdataset's dicts (`__key__`, `__url__`, one entry per
@@ -54,7 +56,7 @@ class ShardStream(IterableDataset):
         order: TrainOrder | EvalOrder,
         *,
         batch_size: int,
-        transform=None,
+        transform: Callable | None = None,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
@@ -62,7 +64,9 @@ class ShardStream(IterableDataset):
     ):
         super().__init__()
         if decode and transform is None:
-            raise ValueError("decoding needs a transform")
+            raise UsageError("ShardStream: a transform is missing. Give one, or decode=False.")
+        if transform is not None and not hasattr(transform, "NUM_DRAWS"):
+            transform = CustomTransform(transform)
         self.dataset = dataset
         self.order = order
         self.transform = transform
@@ -82,9 +86,22 @@ class ShardStream(IterableDataset):
         return ((self, number) for number in numbers)
 
     def new_images(self) -> torch.Tensor:
-        """Memory for the images of one batch."""
-        shape = (self.place["batch_size"], *[self.transform.image_size] * 2, 3)
-        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        """Memory for the images of one batch, channels_last."""
+        channels, height, width = self._image.shape
+        shape = (self.place["batch_size"], height, width, channels)
+        return torch.empty(shape, dtype=self._image.dtype).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _image(self) -> torch.Tensor:
+        """An image as the transform makes them; only its shape and dtype count."""
+        if not isinstance(self.transform, CustomTransform):
+            size = self.transform.image_size
+            return torch.empty((3, size, size), dtype=torch.uint8)
+        with closing(self.open_reader()) as reader:
+            for number in range(min(len(self.dataset), _MAX_REPLACEMENTS)):
+                with suppress(DataError):
+                    return self._load_one(reader, number, np.zeros(1))[0]
+        raise DataError(f"{self.dataset.shards[0].path}: the transform takes none of its samples.")
 
     def open_reader(self) -> SampleReader:
         return SampleReader(self.dataset)
@@ -109,7 +126,15 @@ class ShardStream(IterableDataset):
             if loaded is None:
                 refs.is_real[i] = False
             else:
-                images[i], labels[i] = loaded
+                image, labels[i] = loaded
+                # Assigning would repeat a gray image's channel without a word.
+                if image.shape != images.shape[1:] or image.dtype != images.dtype:
+                    raise UsageError(
+                        f"sample {refs.number[i]:,}: the transform gives {tuple(image.shape)} of "
+                        f"{image.dtype}, and {tuple(images.shape[1:])} of {images.dtype} for the "
+                        "data set's first sample. Give all images one shape and dtype."
+                    )
+                images[i] = image
         for i in (~refs.is_real).nonzero()[0]:
             images[i] = 0  # the memory was another batch's
         return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)

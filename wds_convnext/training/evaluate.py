@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from wds_convnext.config import EvalConfig
 from wds_convnext.errors import CheckpointError, DataError, ShardError, UsageError
@@ -51,15 +52,25 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(model, batches: Iterable[Batch], *, normalizer, autocast, world: World) -> EvalResult:
+def evaluate_batches(
+    model: Callable,
+    batches: Iterable[Batch],
+    *,
+    num_classes: int,
+    normalizer: Normalizer,
+    autocast: Callable,
+    world: World,
+) -> EvalResult:
     """Run a model over this rank's batches of a split, and sum over ranks.
 
     Args:
         model: images float32 (B, 3, S, S) -> logits (B, num_classes).
         batches: on the model's device; the same number on every rank.
+        num_classes: of the split; the model may have more.
         normalizer: uint8 images -> what the model takes.
         autocast: a function that gives the context to run the model in.
     Raises:
+        UsageError: if the model has fewer classes than the split.
         DataError: if there is no sample to count.
     """
     model.eval()
@@ -67,6 +78,11 @@ def evaluate(model, batches: Iterable[Batch], *, normalizer, autocast, world: Wo
     for batch in batches:
         with autocast():
             logits = model(normalizer(batch.images))
+        if logits.shape[-1] < num_classes:
+            raise UsageError(
+                f"the model has {logits.shape[-1]} classes, and the split {num_classes}. "
+                "Evaluate it on the data set that it was trained on."
+            )
         counts = _count(logits.float(), batch.labels, batch.is_real)
         sums = counts if sums is None else sums + counts
     top1, top5, loss, num_samples = sum_over_ranks(sums, world).tolist()
@@ -93,6 +109,7 @@ class Evaluation:
     normalizer: Normalizer
     machine: Machine
     max_bad_samples: float = 0.0  # share of the split that may fail to decode
+    quiet: bool = False
 
     def run(self, forward: Callable, batches: Iterator[Batch]) -> EvalResult:
         """Evaluate a model on the stream's batches, which are taken from `batches`.
@@ -109,11 +126,12 @@ class Evaluation:
             f"Evaluating {self.stream.dataset.split}",
             unit="batches",
             total=self.stream.stop,
-            quiet=not self.machine.world.is_main,
+            quiet=self.quiet or not self.machine.world.is_main,
         )
-        return evaluate(
+        return evaluate_batches(
             forward,
             self._with_few_bad_samples(shown),
+            num_classes=self.stream.dataset.num_classes,
             normalizer=self.normalizer,
             autocast=self.machine.autocast,
             world=self.machine.world,
@@ -139,6 +157,7 @@ def open_evaluation(
     preprocessing: Preprocessing,
     machine: Machine,
     max_bad_samples: float = 0.0,
+    quiet: bool = False,
 ) -> Evaluation:
     """The evaluation of every sample of a split once, over all ranks."""
     stream = ShardStream(
@@ -150,7 +169,48 @@ def open_evaluation(
         world_size=machine.world.size,
     )
     normalizer = Normalizer(preprocessing.mean, preprocessing.std, machine.device)
-    return Evaluation(stream, normalizer, machine, max_bad_samples)
+    return Evaluation(stream, normalizer, machine, max_bad_samples, quiet)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset | str,
+    *,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    amp: str = "off",
+    max_bad_samples: float = 0.0,
+    quiet: bool = False,
+) -> EvalResult:
+    """Evaluate a model on every sample of a split, once, on the device that it is on.
+
+    Args:
+        model: images float32 (B, 3, S, S), normalized -> logits (B, num_classes). It is left in
+            evaluation mode.
+        dataset: the split, or a spec as `open_dataset` takes it.
+        preprocessing: what the model was trained with; by default 224 px, center crop of 0.875,
+            ImageNet's mean and std.
+        workers: loader processes; by default one per CPU core, at most 16.
+        amp: `off`, `bf16`, `fp16` or `auto`.
+        max_bad_samples: share of the split that may fail to decode and is left out, 0..1.
+    Raises:
+        UsageError: if the device cannot do `amp`, or the model has fewer classes than the split.
+        DataError: if more samples do not decode.
+    """
+    if isinstance(dataset, str):
+        dataset = open_dataset(dataset)
+    device = next(model.parameters()).device
+    evaluation = open_evaluation(
+        dataset,
+        batch_size=batch_size,
+        preprocessing=preprocessing or Preprocessing(),
+        machine=Machine(World(), device, choose_amp(amp, device)),
+        max_bad_samples=max_bad_samples,
+        quiet=quiet,
+    )
+    with loading(evaluation.stream, workers, evaluation.machine) as batches:
+        return evaluation.run(model, batches)
 
 
 def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]:

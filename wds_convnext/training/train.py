@@ -27,8 +27,18 @@ from wds_convnext.training.rundir import RunDir, choose
 from wds_convnext.training.schedule import lr_warning
 
 
-def train(config: TrainConfig) -> int:
-    """Train as configured; gives the exit code: 0, or 75 if a signal stopped the run."""
+def train(config: TrainConfig | None = None, **options) -> int:
+    """Train as configured; gives the exit code: 0, or 75 if a signal stopped the run.
+
+    Args:
+        config: what to train on what, how.
+        options: fields of `TrainConfig` by name: `shards="data/train.json", epochs=10`.
+    Raises:
+        UsageError: if options do not fit each other, the machine or the run that is resumed.
+        WdsConvnextError: if data, checkpoint or training fail; the message says what to do.
+    """
+    config = TrainConfig.of(config, options)
+    config.require_shards()
     world, device = join_world(config.device)
     try:
         compiled = device.type == "cuda" if config.compile is None else config.compile
