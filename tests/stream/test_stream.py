@@ -19,7 +19,7 @@ from conftest import HANG_S, sample_members, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wds_convnext.errors import ShardError, TrainingError
+from wds_convnext.errors import ShardError, TrainingError, UsageError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.reader import SampleReader
@@ -537,7 +537,7 @@ def test_a_loader_without_workers_leaves_no_shard_open(dataset):
         assert len(list(make_loader(eval_stream(dataset), workers=0))) == 6
         take(train_stream(dataset), 2)
 
-    assert len(os.listdir("/dev/fd")) == before
+    assert len(os.listdir("/dev/fd")) <= before  # what earlier tests left may be closed by now
 
 
 def test_a_loader_leaves_no_process_behind(dataset):
@@ -600,5 +600,5 @@ def test_a_webdataset_pipeline_decodes_on_top_of_the_stream(dataset):
 
 def test_a_stream_that_decodes_needs_a_transform(dataset):
     """Said when it is made, not in a worker."""
-    with pytest.raises(ValueError, match="decoding needs a transform"):
+    with pytest.raises(UsageError, match="a transform is missing"):
         ShardStream(dataset, train_order(dataset), batch_size=4)
