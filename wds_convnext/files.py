@@ -34,6 +34,17 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     sync_folder(path)
 
 
+def read_at(file: int, num_bytes: int, offset: int) -> bytes:
+    """So many bytes of an open file, from an offset on; fewer only where the file ends."""
+    data = os.pread(file, num_bytes, offset)
+    while len(data) < num_bytes:  # a bad sector, or 2 GiB, end a read early
+        more = os.pread(file, num_bytes - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 def temporary_name(path: str | os.PathLike) -> str:
     """A name next to `path` that no other process uses, nor one that was killed has left."""
     return f"{os.fspath(path)}.{os.urandom(4).hex()}.tmp"

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.shards.dataset import find_validation, open_dataset, read_manifest
+from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_size
-from wds_convnext.shards.tar import BLOCK, format_sidecar, sidecar_path, walk_tar
+from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

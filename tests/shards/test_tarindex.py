@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import ShardError
+from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.tar import (
-    BLOCK,
     Member,
     format_sidecar,
     read_samples,

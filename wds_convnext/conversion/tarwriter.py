@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from wds_convnext.files import write_atomically
+from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, checksum
-from wds_convnext.shards.tar import BLOCK, Member, format_sidecar_line, sidecar_head
+from wds_convnext.shards.tar import Member, format_sidecar_line, sidecar_head
 
 _FLUSH_BYTES = 1 << 20  # hashed and written while it is in the cache
 _BLANK_CHECKSUM = 8 * ord(" ")

@@ -13,15 +13,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from wds_convnext.errors import DataError, ShardError
+from wds_convnext.files import read_at
+from wds_convnext.shards.headers import BLOCK, announced_bytes
 from wds_convnext.shards.index import HAS_CHECKSUM, JSON_LABEL, Record, checksum
 from wds_convnext.shards.spec import Shard, refuse_size
-from wds_convnext.shards.tar import (
-    BLOCK,
-    Member,
-    announced_bytes,
-    is_plain_member,
-    read_members,
-)
+from wds_convnext.shards.tar import Member, is_plain_member, read_members
 
 if TYPE_CHECKING:
     from wds_convnext.shards.dataset import Dataset
@@ -212,19 +208,13 @@ def read_whole(file: int, num_bytes: int, start: int, *, path: str) -> bytes:
     try:
         if num_bytes > _MUCH:  # a damaged index must not decide how much memory is taken
             num_bytes = max(0, min(num_bytes, os.fstat(file).st_size - start))
-        data = os.pread(file, num_bytes, start)
-        while len(data) < num_bytes:  # a bad sector, or 2 GiB, end a read early
-            more = os.pread(file, num_bytes - len(data), start + len(data))
-            if not more:
-                break
-            data += more
+        return read_at(file, num_bytes, start)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", "no such byte")
         raise ShardError(
             f"{path}: byte {start:,} cannot be read ({reason}). "
             "Look at the disk or network that holds it."
         ) from None
-    return data
 
 
 def cut_member(span: bytes, start: int, member: tuple[int, int], *, path: str) -> bytes:

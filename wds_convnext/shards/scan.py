@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from wds_convnext.errors import DataError, ShardError
+from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, JSON_LABEL, Record, checksum
 from wds_convnext.shards.reader import cut_member, open_shard, parse_label, read_whole
 from wds_convnext.shards.spec import Shard
-from wds_convnext.shards.tar import BLOCK, IMAGE_EXTENSIONS, LABEL_EXTENSIONS, Member
+from wds_convnext.shards.tar import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, Member
 
 MAX_CLASSES = 1_000_000  # a label beyond it is an identifier, not a class number
 

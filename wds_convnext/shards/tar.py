@@ -5,15 +5,22 @@ each sample `ext offset size name` per member. Where none is found, one walk ove
 headers takes its place.
 """
 
-import io
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from wds_convnext.errors import ShardError
+from wds_convnext.files import read_at
+from wds_convnext.shards.headers import (
+    BLOCK,
+    announced_bytes,
+    end_of,
+    header_name,
+    walk_headers,
+)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 LABEL_EXTENSIONS = ("cls", "json")
@@ -21,7 +28,6 @@ _SIDECAR_VERSION = "v1.2"
 # As in webdataset: key, dot, extension. Hidden files and `__meta__` entries are no members.
 _NAME_OF_SAMPLE = re.compile(r"(?!__[^/]*__($|/))(.*/)?[^./]+\.[^/]+$", re.DOTALL)
 _MAX_EXTENSION = 1 << 16  # bytes of extension headers before a member, where a sidecar is believed
-BLOCK = 512  # bytes; a member is a header of one block, then its data padded to whole blocks
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Member:
     @property
     def end(self) -> int:
         """Where its last block ends."""
-        return _end_of(self.offset, self.num_bytes)
+        return end_of(self.offset, self.num_bytes)
 
     @property
     def key(self) -> str:
@@ -87,23 +93,22 @@ def walk_tar(path: str) -> Iterator[list[Member]]:
 def _members(path: str) -> Iterator[Member]:
     end = 0
     try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                end = _end_of(info.offset_data, info.size)
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < BLOCK:
+                raise ValueError(f"it has {size} bytes")
+            for header in walk_headers(partial(read_at, file.fileno())):
+                end = header.end
                 if end > size:
                     break
-                if info.isfile() and _NAME_OF_SAMPLE.match(info.name):
-                    yield Member(info.name, info.offset_data, info.size, info.offset)
-    except (tarfile.TarError, OSError) as error:
-        raise ShardError(f"{path}: not a readable tar file ({error}).") from None
-    # tarfile takes a damaged header, like the end of the file, for the end of the archive.
+                if header.is_file and _NAME_OF_SAMPLE.match(header.name):
+                    yield Member(header.name, header.offset, header.num_bytes, header.start)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ShardError(
+            f"{path}: not a readable tar file ({reason}). Copy the shard again, or write it again."
+        ) from None
     _check_end(path, end)
-
-
-def _end_of(offset: int, num_bytes: int) -> int:
-    """Where a member's last block ends, given where its data starts."""
-    return offset + -(-num_bytes // BLOCK) * BLOCK
 
 
 def _check_end(path: str, end: int) -> None:
@@ -215,7 +220,7 @@ def read_members(span: bytes, start: int) -> list[Member]:
         num_bytes = announced_bytes(span[at : at + BLOCK])
         if _NAME_OF_SAMPLE.match(name):
             members.append(Member(name, start + at + BLOCK, num_bytes))
-        at = _end_of(at + BLOCK, num_bytes)
+        at = end_of(at + BLOCK, num_bytes)
     return members
 
 
@@ -227,13 +232,12 @@ def is_plain_member(header: bytes) -> bool:
 
 def _read_any_members(span: bytes, start: int) -> list[Member]:
     try:
-        with tarfile.open(fileobj=io.BytesIO(span + bytes(2 * BLOCK)), mode="r:") as tar:
-            return [
-                Member(info.name, start + info.offset_data, info.size, start + info.offset)
-                for info in tar
-                if info.isfile() and _NAME_OF_SAMPLE.match(info.name)
-            ]
-    except tarfile.TarError as error:
+        return [
+            Member(header.name, start + header.offset, header.num_bytes, start + header.start)
+            for header in walk_headers(lambda num_bytes, at: span[at : at + num_bytes])
+            if header.is_file and _NAME_OF_SAMPLE.match(header.name)
+        ]
+    except ValueError as error:
         raise ShardError(f"byte {start:,}: not the header of a tar member ({error})") from None
 
 
@@ -241,20 +245,4 @@ def _plain_name(header: bytes) -> str | None:
     """The name in the header of a regular file; None for every other header."""
     if header[156:157] not in (b"0", b"\0") or announced_bytes(header) is None:
         return None
-    name = header[:100].rstrip(b"\0")
-    if header[257:263] == b"ustar\0" and header[345] != 0:
-        name = header[345:500].rstrip(b"\0") + b"/" + name
-    return name.decode("utf-8", "surrogateescape")
-
-
-def announced_bytes(header: bytes) -> int | None:
-    """The size that a tar header states (octal, or base 256); None if it is not a header."""
-    field = header[124:136]
-    try:
-        if field[:1] == b"\x80":
-            num_bytes = int.from_bytes(field[1:], "big")
-        else:
-            num_bytes = int(field.rstrip(b"\0 "), 8)
-    except ValueError:
-        return None
-    return num_bytes if header[257:262] == b"ustar" and num_bytes >= 0 else None
+    return header_name(header)
