@@ -9,7 +9,10 @@ from collections.abc import Iterable
 
 
 class WdsConvnextError(Exception):
-    """Base of everything that is raised for a user or for data."""
+    """Base of everything that is raised for a user or for data; as text one printable line."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), limit=2000)
 
 
 class UsageError(WdsConvnextError):
@@ -30,6 +33,31 @@ class CheckpointError(WdsConvnextError):
 
 class TrainingError(WdsConvnextError):
     """The run cannot go on: a non-finite loss, too many bad samples, a lost process."""
+
+
+def printable(text: str, *, limit: int = 200) -> str:
+    """Foreign text (names, keys, paths, class names) as it may stand in one line of output.
+
+    Whatever a terminal would act on, does not show, or cannot encode is written as an escape.
+    Text over the limit loses its middle.
+    """
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else _escape(char) for char in text)
+    half = (limit - 1) // 2
+    return text if len(text) <= limit else f"{text[:half]}…{text[-half:]}"
+
+
+def _escape(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # a byte that is not UTF-8, as `surrogateescape` keeps it
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def listing(names: Iterable[str], *, limit: int = 10) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:

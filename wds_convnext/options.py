@@ -24,8 +24,10 @@ from wds_convnext.config.fields import (
     refusal,
     value_type,
 )
-from wds_convnext.errors import UsageError, did_you_mean
+from wds_convnext.door import read_bounded
+from wds_convnext.errors import UsageError, did_you_mean, listing, printable
 
+_MAX_TOML = 1 << 20  # bytes
 # TOML layers, weakest first.
 LAYERS = ("recipe", "config")
 # Where a run is written and whether it replaces another: no file may say so.
@@ -115,7 +117,7 @@ class GroupedCommand(click.Command):
 def warn(text: str) -> None:
     """A line on stderr; of a run's many processes, from the first."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(text, err=True)
+        click.echo(printable(text, limit=2000), err=True)
 
 
 def _variable(ctx: click.Context, parameter: click.Parameter) -> str:
@@ -195,14 +197,14 @@ def read_run_toml(path: Path, config_class: type, *, warn: Callable[[str], None]
     specs = {spec.name: spec for spec in fields(config_class) if spec.name not in PER_CALL}
     unknown = [key for key in content if key not in specs and key not in PER_CALL]
     if unknown:
-        warn(f"{path}: ignored {', '.join(unknown)}, which this version has no option for.")
+        warn(f"{path}: ignored {listing(unknown)}, which this version has no option for.")
     known = {key: value for key, value in content.items() if key in specs}
     return _check_values(path, known, specs)
 
 
 def _parse_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bounded(path, max_bytes=_MAX_TOML).decode())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}. Give a TOML file of options.") from None
     except ValueError as error:  # not TOML, or not UTF-8

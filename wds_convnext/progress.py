@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from wds_convnext.errors import printable
+
 Item = TypeVar("Item")
 
 _LINE_EVERY_S = 10.0
@@ -37,7 +39,8 @@ class Progress(AbstractContextManager):
         initial: float = 0,
         quiet: bool = False,
     ):
-        self.title, self.total, self.unit, self.note = title, total or None, unit, ""
+        self.title, self.total = printable(title), total or None
+        self.unit, self.note = unit, ""
         self.done, self.num_bytes = initial, 0
         self._initial, self._quiet = initial, quiet
         self._started = self._shown = time.monotonic()
@@ -45,7 +48,7 @@ class Progress(AbstractContextManager):
         if not quiet and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total,
-                desc=title,
+                desc=self.title,
                 unit=f" {unit}",
                 unit_scale=True,
                 initial=initial,

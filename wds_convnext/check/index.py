@@ -16,7 +16,7 @@ from wds_convnext.check.splits import (
     hash_keys,
 )
 from wds_convnext.config import IndexConfig
-from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
+from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError, printable
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -43,9 +43,8 @@ class IndexReport:
                 f"{len(manifest.shards)} shards, {num_bytes / 1e6:,.1f} MB"
             )
         first = next(iter(self.manifests))
-        return "\n".join(
-            [*lines, f"{self.seconds:.1f} s", f"next: wds-convnext train --shards {first}"]
-        )
+        lines += [f"{self.seconds:.1f} s", f"next: wds-convnext train --shards {first}"]
+        return "\n".join(printable(line, limit=2000) for line in lines)
 
     def to_json(self) -> dict:
         return {

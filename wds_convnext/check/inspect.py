@@ -17,7 +17,7 @@ from wds_convnext.check.sheet import draw_sheet
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
 from wds_convnext.config import InspectConfig
 from wds_convnext.conversion.sources import find_splits
-from wds_convnext.errors import DataError, ShardError, UsageError
+from wds_convnext.errors import DataError, ShardError, UsageError, printable
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset, open_dataset
@@ -56,7 +56,7 @@ class ShardSummary:
         lines += self._class_lines()
         if self.label_mix is not None:
             lines += self.label_mix.lines()
-        return [head, *(f"  {line}" for line in lines)]
+        return [printable(line, limit=2000) for line in (head, *(f"  {line}" for line in lines))]
 
     def _image_lines(self) -> list[str]:
         found = [
@@ -84,7 +84,8 @@ class ShardSummary:
             half = _MAX_CLASS_LINES // 2
             shown = [*by_count[:half], *by_count[-half:]]
             lines[0] += f"; the {half} largest and the {half} smallest:"
-        width = max((len(names[i]) for i in shown), default=0)
+        names = {i: printable(names[i]) for i in shown}
+        width = max(map(len, names.values()), default=0)
         longest = max(1, counts.max(initial=0))
         return lines + [
             f"  {names[i]:<{width}}  {counts[i]:>9,}  {'#' * round(30 * counts[i] / longest)}"

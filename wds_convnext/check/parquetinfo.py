@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from wds_convnext.conversion.columns import find_columns
 from wds_convnext.conversion.parquet import unreadable
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import UsageError, printable
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ParquetSummary:
         if self.class_names:
             names = ", ".join(self.class_names[:5]) + ", …" * (len(self.class_names) > 5)
             lines.append(f"{len(self.class_names)} classes: {names}")
-        return [head, *(f"  {line}" for line in lines)]
+        return [printable(line, limit=2000) for line in (head, *(f"  {line}" for line in lines))]
 
     def to_json(self) -> dict:
         return vars(self) | {

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from wds_convnext.errors import WdsConvnextError
+from wds_convnext.errors import WdsConvnextError, printable
 
 _MAX_LISTED = 20
 
@@ -16,11 +16,11 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, path: str, error: WdsConvnextError) -> "Problem":
         """The problem that an error about a file describes."""
-        return cls(path, str(error).removeprefix(path).lstrip(":, "))
+        return cls(path, str(error).removeprefix(printable(path, limit=2000)).lstrip(":, "))
 
     def __str__(self) -> str:
         joint = ", " if self.what.startswith("key ") else ": "
-        return f"{self.path}{joint}{self.what}"
+        return printable(f"{self.path}{joint}{self.what}", limit=2000)
 
 
 def shorten(problems: list[Problem]) -> list[Problem]:

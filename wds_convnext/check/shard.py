@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import hash_keys
+from wds_convnext.door import read_bounded
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, open_index
@@ -42,9 +42,9 @@ class ShardFindings:
 def check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFindings:
     """Everything that one shard can be checked for without the others."""
     path = task.shard.path
-    problems = []
-    num_bytes = os.path.getsize(path)
+    problems, num_bytes = [], 0
     try:
+        num_bytes = os.path.getsize(path)
         check_size(task.shard)
         check_sha256(task.shard)
         count(0, num_bytes)
@@ -69,7 +69,11 @@ def _compare_sidecar(path: str, samples: list[list[Member]]) -> list[Problem]:
     sidecar = sidecar_path(path)
     if not os.path.isfile(sidecar):
         return []
-    found, expected = Path(sidecar).read_bytes(), format_sidecar(samples)
+    expected = format_sidecar(samples)
+    try:
+        found = read_bounded(sidecar)
+    except (ValueError, OSError) as error:
+        return [Problem(sidecar, f"not readable ({getattr(error, 'strerror', None) or error})")]
     if found == expected:
         return []
     lines = list(zip(found.splitlines(), expected.splitlines()))

@@ -19,10 +19,13 @@ from wds_convnext.check.splits import (
 )
 from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.errors import printable
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.scan import MAX_CLASSES
 from wds_convnext.shards.spec import Shard, index_path
+
+_MAX_SHOWN = 10  # problems of a split, as text
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class SplitVerdict:
             f"{self.num_shards} shard{'s' * (self.num_shards != 1)}, "
             f"{self.num_bytes / 1e6:,.1f} MB: {verdict}"
         )
-        return [head, *(f"  {line}" for line in (*map(str, self.problems), *self.notes))]
+        shown = [*map(str, self.problems[:_MAX_SHOWN])]
+        if found > _MAX_SHOWN:
+            shown.append(f"and {found - _MAX_SHOWN:,} more problems: --json lists them")
+        lines = (head, *(f"  {line}" for line in (*shown, *self.notes)))
+        return [printable(line, limit=2000) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,8 @@ def _as_bool(value) -> bool:
 def _as_int(value) -> int:
     if isinstance(value, bool):
         raise TypeError
+    if operator.index(value).bit_length() > 63:
+        raise OverflowError
     return operator.index(value)
 
 

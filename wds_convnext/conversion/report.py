@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from wds_convnext.errors import printable
 from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.spec import Shard
 
@@ -46,7 +47,7 @@ class SplitReport:
         lines = [columns] + [f"  {name}: {_counts(counter)}" for name, counter in found if counter]
         if self.survey.formats:
             lines.insert(3, f"  sizes: {self.survey.describe_sizes()}")
-        return [head, *lines]
+        return [printable(line, limit=2000) for line in (head, *lines)]
 
 
 def _counts(counter: Counter) -> str:

@@ -159,14 +159,15 @@ def read_manifest(path: str | os.PathLike) -> Dataset:
         ShardError: if it is missing, not a manifest, or written by a newer version.
     """
     content, shards = load_manifest(path)
-    options = content.get("options", {})
+    options = content.get("options") or {}
+    split = content.get("split")
     return Dataset(
-        name=content.get("name", ""),
-        split=content.get("split", Path(path).stem),
+        name=content.get("name") or "",
+        split=Path(path).stem if split is None else split,
         shards=shards,
-        class_names=content["class_names"],
-        label_field=options.get("label_field", "label"),
-        source=tuple(content.get("source", ())),
+        class_names=tuple(content["class_names"]),
+        label_field=options.get("label_field") or "label",
+        source=tuple(content.get("source") or ()),
         options=options,
     )
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
+from wds_convnext.door import check_shape, count
 from wds_convnext.shards.spec import Shard
 
 _MAGIC = b"wds_convnext index 1\n\0\0\0"
@@ -122,6 +123,11 @@ def _encode_footer(paths: Iterable[str], shards: Iterable[Shard], *, checksums: 
     return footer + _LENGTH.pack(len(footer))
 
 
+def _check_facts(facts) -> str:
+    is_right = isinstance(facts, list) and len(facts) == 4 and not count(facts[1])
+    return "" if is_right and isinstance(facts[0], str) else "path, samples, bytes and stamp"
+
+
 class IndexFile:
     """An index file, mapped: which shards it was made from, and where their records start.
 
@@ -136,7 +142,7 @@ class IndexFile:
         self.path, self._bytes = path, content
         self.content = content if content is not None else _map(path)
         footer, end = self._footer()
-        self.has_checksums = bool(footer["checksums"])
+        self.has_checksums = bool(footer.get("checksums"))
         folder = os.path.dirname(os.path.abspath(path))
         self._folders: dict[str, str] = {}
         self._shards: dict[str, tuple] = {}
@@ -158,8 +164,9 @@ class IndexFile:
         end = size - _LENGTH.size - length
         if length > _MAX_FOOTER or end < len(_MAGIC):
             raise ValueError(f"a footer of {length:,} bytes")
-        footer = self.content[end : size - _LENGTH.size]
-        return json.loads(footer.decode("utf-8", "surrogateescape")), end
+        footer = json.loads(self.content[end : -_LENGTH.size].decode("utf-8", "surrogateescape"))
+        check_shape(footer, {"shards": [_check_facts]})
+        return footer, end
 
     def find(self, shard: Shard) -> tuple[int, int] | None:
         """(samples, offset of the first record) of a shard; None if it was another shard then.
@@ -203,7 +210,7 @@ def open_index(path: str) -> IndexFile | None:
     """An index file, or None if there is none that is whole."""
     try:
         return IndexFile(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from wds_convnext.errors import DataError, ShardError
+from wds_convnext.errors import DataError, ShardError, listing, printable
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, JSON_LABEL, Record, checksum
 from wds_convnext.shards.reader import cut_member, open_shard, parse_label, read_whole
@@ -97,7 +97,7 @@ def _image_and_label(path: str, members: list[Member]) -> tuple[Member, Member]:
         expected = "image" if image is None else ".cls or .json label"
         raise ShardError(
             f"{path}, key {members[0].key}: no {expected} "
-            f"(found {', '.join('.' + e for e in by_extension)}). "
+            f"(found {listing('.' + printable(e) for e in by_extension)}). "
             "Training needs an image and a label in every sample."
         )
     return image, label

@@ -1,7 +1,6 @@
 """Which shards a spec on the command line names, and what is known of each."""
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -10,10 +9,21 @@ from pathlib import Path
 
 import braceexpand
 
-from wds_convnext.errors import ShardError, did_you_mean
+from wds_convnext.door import MAX_COUNT, base_name, count, read_json, text
+from wds_convnext.errors import ShardError, did_you_mean, listing
 from wds_convnext.shards.naming import split_of
 
 MANIFEST_FORMAT = "wds_convnext 1"
+_SHARD = {"url": base_name, "nsamples": count, "filesize?": count, "sha256?": text}
+_MANIFEST = {
+    "format?": lambda value: "" if value == MANIFEST_FORMAT else repr(MANIFEST_FORMAT),
+    "shardlist": [_SHARD],
+    "class_names": [text],
+    "name?": text,
+    "split?": text,
+    "source?": [text],
+    "options?": {"label_field?": text, "columns?": [text]},
+}
 
 
 @dataclass(frozen=True)
@@ -37,29 +47,27 @@ def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:
         ShardError: if it is missing, not a manifest, or written by a newer version.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        folder = os.path.dirname(path)
-        shards = tuple(
-            Shard(
-                os.path.join(folder, entry["url"]),
-                int(entry["nsamples"]),
-                entry.get("filesize"),
-                entry.get("sha256"),
-            )
-            for entry in content["shardlist"]
-        )
-        written_as = content.get("format", MANIFEST_FORMAT)
-        if written_as != MANIFEST_FORMAT:
-            raise ValueError(f"format {written_as!r}, expected {MANIFEST_FORMAT!r}")
-        content["class_names"] = tuple(content["class_names"])
-        return content, shards
+        content = read_json(path, _MANIFEST)
+        if sum(entry["nsamples"] for entry in content["shardlist"]) > MAX_COUNT:
+            raise ValueError("more samples than there can be")
     except FileNotFoundError:
         raise ShardError(f"{path}: no such manifest. Run make shards.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ShardError(
-            f"{path}: not a manifest of shards ({type(error).__name__}: {error}). "
-            "Write it again with make shards."
+            f"{path}: not a manifest of shards ({reason}). Write it again with make shards."
         ) from None
+    folder = os.path.dirname(path)
+    shards = tuple(
+        Shard(
+            os.path.join(folder, entry["url"]),
+            entry["nsamples"],
+            entry.get("filesize"),
+            entry.get("sha256"),
+        )
+        for entry in content["shardlist"]
+    )
+    return content, shards
 
 
 def manifest_path(shard_path: str | os.PathLike) -> str:
@@ -121,7 +129,7 @@ def _expand_part(part: str, allow_missing: bool) -> list[str]:
         splits = sorted({split_of(path) for path in found})
         if len(splits) > 1:
             raise ShardError(
-                f"{part}: the folder holds the splits {', '.join(splits)}. "
+                f"{part}: the folder holds the splits {listing(splits)}. "
                 f"Name one, for example {os.path.join(part, splits[0])}.json."
             )
         return found or _nothing(part)

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
+from wds_convnext.door import MAX_BYTES, read_bounded
 from wds_convnext.errors import ShardError
 from wds_convnext.files import read_at
 from wds_convnext.shards.headers import (
@@ -151,22 +151,25 @@ def format_sidecar_line(sample: Iterable[Member]) -> bytes:
     return line.encode("utf-8", "surrogateescape") + b"\n"
 
 
-def read_sidecar(path: str | os.PathLike) -> list[list[Member]]:
+def read_sidecar(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[list[Member]]:
     """The members of each sample, as a sidecar states them.
 
+    Args:
+        max_bytes: of the sidecar; what it lists takes ten times as much memory.
     Raises:
         ShardError: if it is not a whole sidecar of version 1.2.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+        text = read_bounded(path, max_bytes=max_bytes).decode("utf-8", "surrogateescape")
         head, *lines = text.splitlines()
         version, num_samples = head.split()
         samples = [_parse_sidecar_line(line.split()) for line in lines]
         if version != _SIDECAR_VERSION or len(samples) != int(num_samples):
             raise ValueError(f"{head!r} before {len(samples)} samples")
     except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ShardError(
-            f"{path}: not a whole sidecar of version {_SIDECAR_VERSION} ({error}). "
+            f"{path}: not a whole sidecar of version {_SIDECAR_VERSION} ({reason}). "
             "Delete it (it is then made from the tar), or write the shards again."
         ) from None
     return samples
@@ -190,7 +193,11 @@ def read_samples(path: str) -> list[list[Member]]:
     sidecar = sidecar_path(path)
     if not os.path.isfile(sidecar):
         return list(walk_tar(path))
-    samples = read_sidecar(sidecar)
+    try:
+        # No sidecar of many samples is as long as its tar, where each has a block for its header.
+        samples = read_sidecar(sidecar, max_bytes=max(os.path.getsize(path), 1 << 20))
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}. Copy the shard again.") from None
     end = 0
     for sample in samples:
         if sample[0].start - end <= _MAX_EXTENSION:  # the headers of a long name, perhaps
