@@ -46,7 +46,7 @@ def finished(shards, tmp_path_factory):
         ({"--shards": "{shards}/train-<000..007>.tar"}, "train-003.tar"),
         ({"--shards": "{shards}/trian-*.tar"}, "Did you mean"),
         ({"--shards": "{shards}"}, "holds the splits test, train, validation"),
-        ({"--val-shards": "{other}/validation.json"}, "class names differ"),
+        ({"--val-shards": "{other}/validation.json"}, "classes are not the"),
         ({"--model": "convnext_bsae"}, "Did you mean convnext_base"),
         ({"--batch-size": 7}, "must be even"),
         ({"--workers": 200}, "--workers 200: this machine has"),

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.dataset import find_validation, open_dataset, read_manifest
+from wds_convnext.shards.dataset import open_dataset, read_manifest
+from wds_convnext.shards.expand import find_validation
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_size
@@ -261,8 +262,8 @@ def test_another_size_than_the_manifests_is_refused(tmp_path):
         file.write(bytes(1))
     said = (
         f"{shard.path}: {shard.num_bytes + 1:,} bytes, but its manifest says "
-        f"{shard.num_bytes:,}. The shard is cut short or another file: copy it again, or run "
-        "make shards."
+        f"{shard.num_bytes:,}. The shard is cut short or another file: copy it again, or write "
+        "it again."
     )
 
     for refused in (lambda: check_size(shard), lambda: SampleReader(dataset).read(0)):
@@ -401,7 +402,7 @@ def label_below_zero(folder: Path) -> None:
         (corrupt, "train.json", "train-001.tar: 5,000 bytes, but its manifest says 10,240."),
         (stage, "train-*.tar", "train.partial: the conversion was interrupted"),
         (empty, "train.json", "train.json: the shards hold no samples."),
-        (rename_classes, "*.tar", "train.json and {}/val.json: their class names differ."),
+        (rename_classes, "*.tar", "train.json and {}/val.json: their class names differ: class 0"),
         (add_shard, "train-*.tar", "train-002.tar: not listed in {}/train.json."),
         (label_below_zero, "train-*.tar", "train-001.tar, key a: label -1 is outside the"),
     ],
@@ -431,11 +432,11 @@ def test_shards_that_do_not_fit_end_in_one_line(tmp_path, damage, spec, message)
 )
 def test_validation_shards_are_found_by_name(tmp_path, files, expected):
     """Beside the training shards: `validation` before `val`, a manifest before its shards."""
-    train_data = open_dataset(str(write_shards(tmp_path, [1])))
+    write_shards(tmp_path, [1])
     for name in files:
         (tmp_path / name).touch()
 
-    found = find_validation(train_data)
+    found = find_validation(f"{tmp_path}/train-000.tar")
 
     assert found == (expected and f"{tmp_path}/{expected}")
 

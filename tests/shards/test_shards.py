@@ -5,6 +5,7 @@ Names are all that counts here, so most files are empty.
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
 from wds_convnext.shards.dataset import Dataset, read_manifest
-from wds_convnext.shards.naming import split_of
+from wds_convnext.shards.expand import expand_spec, find_validation
+from wds_convnext.shards.naming import is_held_out, purpose, split_of
 from wds_convnext.shards.spec import (
     Shard,
-    expand_spec,
     manifest_path,
     staging_path,
 )
@@ -98,6 +99,126 @@ def test_a_folder_of_one_split_is_all_its_shards(here):
     assert expand_spec("data") == train(*range(13))
 
 
+@pytest.mark.parametrize("use", ["train", "validation"])
+def test_a_folder_is_its_split_for_the_use(here, use):
+    """Training takes its training split, evaluation its validation split; never the test split."""
+    for name in ("test-000.tar", "._train-000.tar", "._val-000.tar"):
+        (here / "data" / name).touch()
+
+    expected = train(*range(13)) if use == "train" else [f"data/val-00{i}.tar" for i in range(2)]
+    assert expand_spec("data", use=use) == expected
+
+
+@pytest.mark.parametrize(
+    ("splits", "use", "expected"),
+    [
+        (["pictures", "pictures_test"], "train", "pictures"),
+        (["a_train", "mydata", "mydata-val"], "train", "a_train"),
+        (["a-train", "b-train"], "train", "several train splits, a-train, b-train"),
+        (["one", "two"], "train", "several train splits, one, two"),
+        (["test"], "train", "no train split, but test"),
+        (["val2017", "test2017"], "train", "no train split, but test2017, val2017"),
+        (["train", "valid"], "validation", "valid"),
+        (["train", "test"], "validation", "no validation split, but test, train"),
+    ],
+)
+def test_a_folder_that_leaves_a_choice_lists_its_splits(tmp_path, splits, use, expected):
+    """No advice names a test split."""
+    for split in splits:
+        (tmp_path / f"{split}-000.tar").touch()
+
+    if expected in splits:
+        assert expand_spec(str(tmp_path), use=use) == [f"{tmp_path}/{expected}-000.tar"]
+    else:
+        with pytest.raises(ShardError, match=expected) as error:
+            expand_spec(str(tmp_path), use=use)
+        assert not re.search("test[0-9]*[*]", str(error.value))
+
+
+def test_a_folder_holds_what_its_manifest_lists(tmp_path):
+    """Also where a shard is missing, so that opening it fails; other JSON says nothing."""
+    write_shards(tmp_path, [2, 1])
+    (tmp_path / "train-001.tar").unlink()
+    (tmp_path / "wids-meta.json").write_text('{"wids_version": 1, "shardlist": []}')
+    (tmp_path / "val-000.tar").touch()
+    (tmp_path / "val.json").write_text('{"images": [], "annotations": []}')
+
+    assert expand_spec(str(tmp_path)) == [f"{tmp_path}/train-{i:03d}.tar" for i in range(2)]
+    assert expand_spec(str(tmp_path), use="validation") == [f"{tmp_path}/val-000.tar"]
+    with pytest.raises(ShardError, match="1 of 2 shards are missing: .*train-001.tar"):
+        expand_spec(f"{tmp_path}/train-*.tar")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("spec", ["", "/*.tar", "/train-*-of-*"])
+def test_a_numbered_series_lacks_no_shard(tmp_path, spec, first):
+    """What the names say of their number is believed; one shard that is named is all there is."""
+    folder = tmp_path / "data [v1]"
+    folder.mkdir()
+    for i in range(first, first + 3):
+        (folder / f"train-{i:05d}-of-00003.tar").touch()
+
+    whole = expand_spec(f"{folder}{spec}")
+    Path(whole[1]).unlink()
+
+    assert len(whole) == 3
+    with pytest.raises(ShardError, match=f"1 of 3 shards are missing: {re.escape(whole[1])}"):
+        expand_spec(f"{folder}{spec}")
+    assert expand_spec(f"{folder}{spec}", allow_missing=True) == whole
+    assert expand_spec(whole[0]) == [whole[0]]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", "train"),
+        ("trainval", "train"),
+        ("imagenet_training", "train"),
+        ("val", "validation"),
+        ("mydata-valid", "validation"),
+        ("VAL2017", "validation"),
+        ("dev_clean", "validation"),
+        ("mydata_test", "test"),
+        ("testA", "test"),
+        ("myTest", "test"),
+        ("test_of_time_train", "train"),
+        ("valley", None),
+        ("contest", None),
+        ("pictures", None),
+    ],
+)
+def test_the_words_of_a_name_say_what_a_split_is_for(split, expected):
+    """Whole words, in any case; `train` before others."""
+    assert purpose(split) == expected
+    assert is_held_out(split) == (expected in ("validation", "test"))
+
+
+@pytest.mark.parametrize(
+    ("there", "training", "expected"),
+    [
+        (["valid-000.tar"], "train-000.tar", "valid-*.tar"),
+        (["dev_0.tar", "val_0.tar"], "train_0.tar", "val_*.tar"),
+        (["a-val-0.tar", "b-val-0.tar"], "b-train-0.tar", "b-val-*.tar"),
+        (["b-val-0.tar"], "a-train-0.tar", None),
+        (["b-val-0.tar", "val.tar"], "a-train-0.tar", "val.tar"),
+        (["val7.tar"], "train7.tar", "val[0-9]*.tar"),
+        (["val-00000-of-00001.tar"], "shard-0.tar", "val-*.tar"),
+        (["test-0.tar"], "train-0.tar", None),
+    ],
+)
+def test_validation_shards_go_with_the_training_shards(tmp_path, there, training, expected):
+    """Those of the same data set by name; the spec names them all, in any folder."""
+    folder = tmp_path / "[x]"
+    folder.mkdir()
+    for name in (*there, training):
+        (folder / name).touch()
+
+    found = find_validation(f"{folder}/{training}")
+
+    assert found == (expected and f"{folder}/{expected}")
+    assert found is None or len(expand_spec(found)) == 1
+
+
 def test_a_folder_of_numbered_shards_is_one_split(tmp_path):
     """img2dataset names its shards 00000.tar, 00001.tar: these are no splits of one shard each."""
     for i in range(3):
@@ -119,37 +240,38 @@ def test_a_manifest_is_its_shards(tmp_path):
         (
             "data/train-<000..014>.tar",
             "data/train-<000..014>.tar: 2 of 15 shards are missing: data/train-013.tar, "
-            "data/train-014.tar. Correct the range, or write them with make shards.",
+            "data/train-014.tar. Copy or write them, or name only those that are there.",
         ),
         (
             "data/train-{000..040}.tar",
             "data/train-{000..040}.tar: 28 of 41 shards are missing: data/train-013.tar, "
-            "data/train-014.tar, data/train-015.tar, data/train-016.tar, data/train-017.tar, …. "
-            "Correct the range, or write them with make shards.",
+            "data/train-014.tar, data/train-015.tar, data/train-016.tar, data/train-017.tar "
+            "and 23 more. Copy or write them, or name only those that are there.",
         ),
         (
             "data/trian-000.tar",
             "data/trian-000.tar: no shard matches. Did you mean data/train-000.tar or "
-            "data/train-010.tar or data/train-009.tar? Run make shards to write shards.",
+            "data/train-010.tar or data/train-009.tar? Write shards with wds-convnext shards.",
         ),
         (
             "dat",
-            "dat: no shard matches. There is data/train-000.tar. Run make shards to write shards.",
+            "dat: no shard matches. There is data/train-000.tar. "
+            "Write shards with wds-convnext shards.",
         ),
         (
             "nowhere/train-<000..012>.tar",
             "nowhere/train-<000..012>.tar: no shard matches: there is no folder nowhere. "
-            "Run make shards first.",
+            "Write shards with wds-convnext shards.",
         ),
         (
             "nowhere/*.tar",
-            "nowhere/*.tar: no shard matches: there is no folder nowhere. Run make shards first.",
+            "nowhere/*.tar: no shard matches: there is no folder nowhere. "
+            "Write shards with wds-convnext shards.",
         ),
         (
-            "data",
-            "data: the folder holds the splits train, val. Name one, for example data/train.json.",
+            "data/train.json",
+            "data/train.json: no such manifest. Write shards with wds-convnext shards.",
         ),
-        ("data/train.json", "data/train.json: no such manifest. Run make shards."),
         (
             "data/train-{000..012.tar",
             "data/train-{000..012.tar: its braces do not pair. Write {000..012}.",
@@ -190,7 +312,7 @@ def test_an_empty_folder_says_so(tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
 
-    with pytest.raises(ShardError, match=r"empty: no shard matches\. Run make shards"):
+    with pytest.raises(ShardError, match=r"empty: no shard matches\. Write shards"):
         expand_spec(str(folder))
 
 
@@ -218,6 +340,9 @@ def test_a_wrong_name_is_answered_without_a_walk_of_everything(tmp_path):
         ("shard7.tar", "shard"),
         ("train.tar", "train"),
         ("00000.tar", "all"),
+        ("train-00000-of-00002.tar", "train"),
+        ("imagenet1k_train.3-of-8.tar", "imagenet1k_train"),
+        ("00000-of-00002.tar", "all"),
     ],
 )
 def test_the_split_is_the_name_without_its_number(name, split):
@@ -305,7 +430,7 @@ def test_what_is_no_manifest_is_refused_in_one_line(tmp_path, content):
         read_manifest(path)
 
     assert str(error.value).startswith(f"{path}: not a manifest of shards (")
-    assert str(error.value).endswith("Write it again with make shards.")
+    assert str(error.value).endswith("Write it again.")
     assert "\n" not in str(error.value)
 
 

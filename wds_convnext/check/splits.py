@@ -14,11 +14,13 @@ import numpy as np
 
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import Dataset, read_manifest
+from wds_convnext.shards.expand import expand_spec, local_path
+from wds_convnext.shards.naming import missing_siblings
 from wds_convnext.shards.spec import (
     Shard,
-    expand_spec,
-    local_path,
+    is_manifest,
     manifest_path,
+    manifests_in,
     staging_path,
 )
 from wds_convnext.shards.tar import Member, walk_tar
@@ -72,11 +74,11 @@ def find_shard_splits(spec: str) -> list[ShardSplit]:
     spec = local_path(spec)
     paths: dict[str, list[str]] = {}
     if os.path.isdir(spec):
-        folder = Path(spec)
-        paths = {str(path): [] for path in folder.glob("*.json") if _is_manifest(path)}
-        plans = folder.glob("*.partial/plan.json")
-        paths |= {str(plan.parent.with_suffix(".json")): [] for plan in plans}
-        named = map(str, folder.glob("*.tar"))
+        plans = Path(spec).glob("*.partial/plan.json")
+        paths = {str(plan.parent.with_suffix(".json")): [] for plan in plans}
+        splits = manifests_in(os.path.normpath(spec)).items()
+        paths |= {path: [*found, *missing_siblings(found)] for path, found in splits}
+        named = []
     elif spec.endswith(".json") and os.path.isfile(spec):
         paths, named = {spec: []}, []
     else:
@@ -91,7 +93,7 @@ def find_shard_splits(spec: str) -> list[ShardSplit]:
 
 def _open_split(manifest: str, paths: list[str], *, whole: bool) -> ShardSplit:
     content = error = None
-    if os.path.isfile(manifest):
+    if is_manifest(manifest):
         try:
             content = read_manifest(manifest)
         except ShardError as problem:
@@ -100,11 +102,6 @@ def _open_split(manifest: str, paths: list[str], *, whole: bool) -> ShardSplit:
     if whole and content:
         named |= {os.path.normpath(shard.path) for shard in content.shards}
     return ShardSplit(manifest, content, error, tuple(sorted(named)))
-
-
-def _is_manifest(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b'"wids_version"' in file.read(4096)
 
 
 def hash_keys(samples: Iterable[list[Member]]) -> np.ndarray:

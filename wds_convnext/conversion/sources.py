@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import UsageError, listing
 from wds_convnext.shards.naming import find_files, missing_siblings, parse_numbered
 
 _COMPRESSION = r"\.(snappy|gz|gzip|zstd|zst|lz4|lzo|lz4_raw|br|brotli|uncompressed)$"
@@ -102,10 +102,9 @@ def _check_series(split: str, files: list[str]) -> None:
             )
     if len(series) > 1:
         listed = [f"{paths[0]} ({len(paths)} of them)" for paths in series.values()]
-        more = f", and {len(listed) - 5} more" if len(listed) > 5 else ""
         raise UsageError(
             f"{split}: {len(listed)} series of files have this split's name: "
-            f"{', '.join(listed[:5])}{more}. They are not added together: name one of them, by its "
+            f"{listing(listed, limit=5)}. They are not added together: name one of them, by its "
             "folder or a glob."
         )
     if missing := next(missing_siblings(files), None):

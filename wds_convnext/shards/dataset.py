@@ -5,7 +5,6 @@ wids package reads, plus sizes, checksums and class names. It is written last, s
 means that every shard it lists is complete. The index `train.index` says where each sample stands.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ import numpy as np
 
 from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
+from wds_convnext.shards.classes import class_difference
+from wds_convnext.shards.expand import expand_spec
 from wds_convnext.shards.index import SampleIndex
 from wds_convnext.shards.indexing import find_index
 from wds_convnext.shards.naming import split_of
@@ -28,8 +29,8 @@ from wds_convnext.shards.spec import (
     MANIFEST_FORMAT,
     Shard,
     check_size,
-    expand_spec,
     index_path,
+    is_manifest,
     load_manifest,
     manifest_path,
     staging_path,
@@ -55,6 +56,7 @@ class Dataset:
         name: of the data set.
         shards: in the order of the sample numbers.
         class_names: by class number.
+        is_counted: no manifest names the classes; they are numbers up to the highest label.
         label_field: where labels in .json members stand.
         source, options: what the shards were made from and how, as the manifest notes it.
         index: where each sample stands; None for a manifest that was only read.
@@ -68,6 +70,7 @@ class Dataset:
     source: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
     index: SampleIndex | None = field(default=None, repr=False)
+    is_counted: bool = False
 
     def __len__(self) -> int:
         return int(self.sizes.sum())
@@ -173,7 +176,12 @@ def read_manifest(path: str | os.PathLike) -> Dataset:
 
 
 def open_dataset(
-    spec: str, *, label_field: str = "label", jobs: int = 1, quiet: bool = True
+    spec: str,
+    *,
+    use: str = "train",
+    label_field: str = "label",
+    jobs: int = 1,
+    quiet: bool = True,
 ) -> Dataset:
     """The data set that a spec names: shards, class names and index.
 
@@ -183,7 +191,7 @@ def open_dataset(
     where there is none or its folder is read-only. Such an index has no checksums.
 
     Args:
-        spec: see `spec.expand_spec`.
+        spec, use: see `expand.expand_spec`.
         label_field: where labels in .json members stand, where no manifest says so.
         jobs: processes that make an index.
         quiet: show no progress meanwhile.
@@ -191,17 +199,17 @@ def open_dataset(
         ShardError: if nothing matches, or the shards do not fit their manifest or each other.
         DataError: if there is no manifest, and a label is not a class number.
     """
-    paths = list(map(os.path.normpath, expand_spec(spec)))
+    paths = list(map(os.path.normpath, expand_spec(spec, use=use)))
     one_of_each = {re.sub(r"\d+\.tar$", "", path): path for path in paths}
     beside = dict.fromkeys(map(manifest_path, one_of_each.values()))
-    if all(os.path.isfile(path) for path in beside):
+    if all(map(is_manifest, beside)):
         dataset, wholes = _from_manifests(paths, list(beside))
     else:
         for path in beside:
             if os.path.isdir(staging_path(path)) and not os.path.isfile(path):
                 raise ShardError(
                     f"{staging_path(path)}: the conversion was interrupted, so shards may be "
-                    "missing. Run the same make shards again: it goes on where it stopped."
+                    "missing. Run the same conversion again: it goes on where it stopped."
                 )
         dataset, wholes = _without_manifest(paths, label_field), {}
     dataset = _with_index(dataset, wholes, jobs=jobs, quiet=quiet)
@@ -210,21 +218,16 @@ def open_dataset(
     return dataset
 
 
-def find_validation(train_data: Dataset) -> str | None:
-    """A spec of the validation shards next to training shards; None if there are none."""
-    folder = os.path.dirname(train_data.shards[0].path)
-    for split in ("validation", "val"):
-        for pattern in (f"{split}.json", f"{split}-*.tar"):
-            if glob.glob(os.path.join(glob.escape(folder), pattern)):
-                return os.path.join(folder, pattern)
-    return None
-
-
 def _from_manifests(paths: list[str], manifest_paths: list[str]):
     """The data set of these shards, and by manifest all shards that it lists."""
     manifests = {path: read_manifest(path) for path in manifest_paths}
-    if len({manifest.class_names for manifest in manifests.values()}) > 1:
-        raise ShardError(f"{' and '.join(manifests)}: their class names differ. Use one data set.")
+    first_path, first = next(iter(manifests.items()))
+    for path, manifest in manifests.items():
+        if difference := class_difference(first.class_names, manifest.class_names):
+            raise ShardError(
+                f"{first_path} and {path}: their class names differ: {difference}. "
+                "Use one data set."
+            )
     if len({manifest.label_field for manifest in manifests.values()}) > 1:
         raise ShardError(
             f"{' and '.join(manifests)}: their labels stand in different .json fields. "
@@ -238,10 +241,9 @@ def _from_manifests(paths: list[str], manifest_paths: list[str]):
     for path in paths:
         if path not in listed:
             raise ShardError(
-                f"{path}: not listed in {manifest_path(path)}. Leave it out, or run make shards."
+                f"{path}: not listed in {manifest_path(path)}. Leave it out, or index them anew."
             )
         check_size(listed[path])
-    first = next(iter(manifests.values()))
     dataset = replace(first, shards=tuple(listed[path] for path in paths))
     return dataset, {path: manifest.shards for path, manifest in manifests.items()}
 
@@ -292,5 +294,6 @@ def _with_index(
     dataset = replace(dataset, shards=shards, index=index)
     if not wholes:
         num_classes = int(dataset.labels.max(initial=-1)) + 1
-        dataset = replace(dataset, class_names=tuple(map(str, range(num_classes))))
+        names = tuple(map(str, range(num_classes)))
+        dataset = replace(dataset, class_names=names, is_counted=True)
     return dataset

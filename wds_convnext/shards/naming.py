@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_TRAIN = {"train", "training", "trainset", "trainval", "trn"}
-_VALIDATION = {
-    *("val", "valid", "validation", "validate", "valset", "minival"),
-    *("dev", "devel", "development", "devset", "eval", "evals", "evaluation", "evalset"),
+_PURPOSES = {  # by words of a split's name; of several splits for one purpose the first is taken
+    "train": ("train", "training", "trainset", "trainval", "trn"),
+    "validation": (
+        *("validation", "val", "valid", "validate", "valset", "minival"),
+        *("dev", "devel", "development", "devset", "eval", "evals", "evaluation", "evalset"),
+    ),
+    "test": ("test", "tests", "testing", "testset", "heldout"),
 }
-_TEST = {"test", "tests", "testing", "testset", "heldout"}
+_MAX_SERIES = 1_000_000  # files; a larger total is part of a name
 _NUMBERED = re.compile(
     r"(?P<stem>.*?)(?P<joint>[-_.]?)(?P<number>\d+)-of-(?P<total>\d+)(?P<rest>-[0-9a-f]{6,})?"
 )
@@ -34,9 +37,24 @@ def purpose(split: str) -> str | None:
 
     `mydata_test`, `testA`, `VAL2017` and `imagenet-validation` are held out, `valley` is not.
     """
-    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", split)}
-    known = {"train": _TRAIN, "validation": _VALIDATION, "test": _TEST}
-    return next((name for name, its_words in known.items() if words & its_words), None)
+    words = set(_words(split))
+    return next((name for name, known in _PURPOSES.items() if words.intersection(known)), None)
+
+
+def _words(split: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", split)]
+
+
+def counterpart(split: str, others: Iterable[str]) -> str | None:
+    """The validation split that belongs to a training split: `a-train` -> `a-val`, else `val`."""
+    words = [*_PURPOSES["train"], *_PURPOSES["validation"]]
+    own = [word for word in _words(split) if word not in words]
+    held_out = [other for other in others if purpose(other) == "validation"]
+    for rest in (own, []):
+        fitting = [o for o in held_out if [w for w in _words(o) if w not in words] == rest]
+        if fitting:
+            return min(fitting, key=lambda o: min(words.index(w) for w in _words(o) if w in words))
+    return None
 
 
 def is_held_out(split: str) -> bool:
@@ -88,6 +106,8 @@ def missing_siblings(paths: Iterable[str]) -> Iterator[str]:
         if place := parse_numbered(path):
             series.setdefault(place._replace(number=0), set()).add(place.number)
     for place, numbers in series.items():
+        if place.total > _MAX_SERIES:
+            continue
         first = 1 if place.total in numbers and 0 not in numbers else 0
         expected = range(first, first + place.total)
         yield from (place.sibling(number) for number in expected if number not in numbers)

@@ -1,17 +1,12 @@
-"""Which shards a spec on the command line names, and what is known of each."""
+"""What is known of a shard, its manifest, and the files that belong to a split."""
 
 import hashlib
 import os
-import re
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-
-import braceexpand
 
 from wds_convnext.door import MAX_COUNT, base_name, count, read_json, text
-from wds_convnext.errors import ShardError, did_you_mean, listing
-from wds_convnext.shards.naming import split_of
+from wds_convnext.errors import ShardError
+from wds_convnext.shards.naming import find_files, split_of
 
 MANIFEST_FORMAT = "wds_convnext 1"
 _SHARD = {"url": base_name, "nsamples": count, "filesize?": count, "sha256?": text}
@@ -51,12 +46,12 @@ def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:
         if sum(entry["nsamples"] for entry in content["shardlist"]) > MAX_COUNT:
             raise ValueError("more samples than there can be")
     except FileNotFoundError:
-        raise ShardError(f"{path}: no such manifest. Run make shards.") from None
+        raise ShardError(
+            f"{path}: no such manifest. Write shards with wds-convnext shards."
+        ) from None
     except (ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ShardError(
-            f"{path}: not a manifest of shards ({reason}). Write it again with make shards."
-        ) from None
+        raise ShardError(f"{path}: not a manifest of shards ({reason}). Write it again.") from None
     folder = os.path.dirname(path)
     shards = tuple(
         Shard(
@@ -86,101 +81,35 @@ def staging_path(manifest_path: str | os.PathLike) -> str:
     return str(manifest_path).removesuffix(".json") + ".partial"
 
 
-def expand_spec(spec: str, *, allow_missing: bool = False) -> list[str]:
-    """The shard files that a spec names, in order.
+def is_manifest(path: str | os.PathLike, *, in_place: bool = True) -> bool:
+    """Whether a file is a manifest of ours, whole or damaged.
 
-    A spec is `data/train-<000..012>.tar`, the brace form `{000..012}`, a glob, a folder,
-    a manifest, one file, or a comma list of these.
+    JSON of another kind (of wids, COCO, img2dataset) may stand next to shards, even where our
+    manifest would; it says nothing about them.
 
-    Raises:
-        ShardError: if nothing matches, or a range has missing files (they are named) and not
-            `allow_missing`.
+    Args:
+        in_place: the manifest of shards would stand here, so what is no JSON at all is a damaged
+            one.
     """
-    paths = []
-    for part in _split_commas(spec):
-        paths += _expand_part(local_path(part), allow_missing)
-    if not paths:
-        raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
-    counts = Counter(map(os.path.abspath, paths))
-    twice = [path for path in paths if counts[os.path.abspath(path)] > 1]
-    if twice:
-        raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
-    return paths
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return in_place  # reading it says why
+    if b'"wds_convnext' in head or (b'"wids_version"' in head and b'"class_names"' in head):
+        return True
+    return in_place and head.lstrip()[:1] not in (b"{", b"[")
 
 
-def _split_commas(spec: str) -> list[str]:
-    """The parts of a comma list; a comma inside braces belongs to its part."""
-    parts, depth = [""], 0
-    for char in spec:
-        depth += (char == "{") - (char == "}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _expand_part(part: str, allow_missing: bool) -> list[str]:
-    braces = re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
-    if braces.endswith(".json"):
-        return [shard.path for shard in load_manifest(braces)[1]]
-    if os.path.isdir(braces):
-        found = sorted(str(path) for path in Path(braces).glob("*.tar"))
-        splits = sorted({split_of(path) for path in found})
-        if len(splits) > 1:
-            raise ShardError(
-                f"{part}: the folder holds the splits {listing(splits)}. "
-                f"Name one, for example {os.path.join(part, splits[0])}.json."
-            )
-        return found or _nothing(part)
-    if "{" in braces:
-        try:
-            names = list(braceexpand.braceexpand(braces))
-        except braceexpand.UnbalancedBracesError:
-            raise ShardError(f"{part}: its braces do not pair. Write {{000..012}}.") from None
-        missing = [name for name in names if not os.path.isfile(name)]
-        if len(missing) == len(names):
-            return _nothing(part)
-        if missing and not allow_missing:
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            raise ShardError(
-                f"{part}: {len(missing)} of {len(names)} shards are missing: {shown}. "
-                "Correct the range, or write them with make shards."
-            )
-        return names
-    if os.path.isfile(braces):
-        return [braces]
-    if re.search(r"[*?\[]", braces):
-        anchor = Path(braces).anchor or "."
-        found = sorted(str(path) for path in Path(anchor).glob(braces.removeprefix(anchor)))
-        return [path for path in found if path.endswith(".tar")] or _nothing(part)
-    return _nothing(part)
-
-
-def _nothing(part: str) -> list[str]:
-    folder = os.path.dirname(re.split(r"[<{*?\[]", part)[0]) or "."
-    if not os.path.isdir(folder):
-        raise ShardError(
-            f"{part}: no shard matches: there is no folder {folder}. Run make shards first."
-        )
-    # Two levels: a mistyped path in a home folder must not be answered by a walk of it all.
-    here = sorted(str(path) for deep in ("*.tar", "*/*.tar") for path in Path(folder).glob(deep))
-    hint = did_you_mean(part, here) or (f" There is {here[0]}." if here else "")
-    raise ShardError(f"{part}: no shard matches.{hint} Run make shards to write shards.")
-
-
-def local_path(url: str) -> str:
-    """The local file behind a shard's URL: the one place through which every shard is reached.
-
-    Raises:
-        ShardError: for remote URLs, which are not read yet, and for `pipe:`, which never is.
-    """
-    scheme = re.match(r"([a-z][a-z0-9+]*)://|(pipe):", url)
-    if not scheme or scheme[1] == "file":
-        return url.removeprefix("file://")
-    if scheme[2]:
-        raise ShardError(f"{url}: pipes run a shell, so they are not read. Name files.")
-    raise ShardError(f"{url}: {scheme[1]} shards cannot be read. Copy them to a local folder.")
+def manifests_in(folder: str | os.PathLike) -> dict[str, list[str]]:
+    """The shards that are in a folder, by the path of their split's manifest, there or not."""
+    found = find_files(os.path.join(folder, "*.json"))
+    splits = {path: [] for path in found if is_manifest(path, in_place=False)}
+    for path in find_files(os.path.join(folder, "*.tar")):
+        splits.setdefault(manifest_path(path), []).append(path)
+    return dict(sorted(splits.items()))
 
 
 def check_size(shard: Shard) -> None:
@@ -192,7 +121,9 @@ def check_size(shard: Shard) -> None:
     try:
         num_bytes = os.path.getsize(shard.path)
     except OSError as error:
-        raise ShardError(f"{shard.path}: {error.strerror}. Run make shards.") from None
+        raise ShardError(
+            f"{shard.path}: {error.strerror}. Copy the shard again, or write it again."
+        ) from None
     refuse_size(shard, num_bytes)
 
 
@@ -201,7 +132,7 @@ def refuse_size(shard: Shard, num_bytes: int) -> None:
     if shard.num_bytes not in (None, num_bytes):
         raise ShardError(
             f"{shard.path}: {num_bytes:,} bytes, but its manifest says {shard.num_bytes:,}. "
-            "The shard is cut short or another file: copy it again, or run make shards."
+            "The shard is cut short or another file: copy it again, or write it again."
         )
 
 
@@ -218,5 +149,5 @@ def check_sha256(shard: Shard) -> None:
     if found != shard.sha256:
         raise ShardError(
             f"{shard.path}: its SHA-256 is {found[:16]}…, but its manifest says "
-            f"{shard.sha256[:16]}…. Copy the shard again, or write it again with make shards."
+            f"{shard.sha256[:16]}…. Copy the shard again, or write it again."
         )

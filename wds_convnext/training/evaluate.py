@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from wds_convnext.config import EvalConfig
-from wds_convnext.errors import CheckpointError, DataError, ShardError, UsageError
+from wds_convnext.errors import CheckpointError, DataError, UsageError
 from wds_convnext.progress import track
+from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import EvalOrder
@@ -227,12 +228,8 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]
         spec = config.shards or facts.val_shards
         if spec is None:
             raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
-        dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
-        if dataset.class_names != facts.class_names:
-            raise ShardError(
-                f"{spec}: its {dataset.num_classes} classes are not the {facts.num_classes} "
-                f"that {path} was trained on. Evaluate on the same data set."
-            )
+        dataset = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
+        dataset = with_classes(dataset, facts.class_names, of=str(path))
         model = create_model(facts.model, num_classes=facts.num_classes).to(device)
         load_weights(model, checkpoint)
         about = {

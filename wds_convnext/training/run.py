@@ -12,9 +12,10 @@ import torch
 
 import wds_convnext
 from wds_convnext.config import TrainConfig
-from wds_convnext.errors import ShardError
 from wds_convnext.progress import track
-from wds_convnext.shards.dataset import Dataset, find_validation, open_dataset
+from wds_convnext.shards.classes import with_classes
+from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.expand import find_validation
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.loader import num_cores, num_workers
@@ -219,19 +220,28 @@ def _facts(
 def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | None]:
     """The training split, the validation split if there is one, and what names the latter."""
     train_data = open_dataset(config.shards, jobs=num_cores(), quiet=False)
-    spec = config.val_shards or find_validation(train_data)
-    val_data = open_dataset(spec, jobs=num_cores(), quiet=False) if spec else None
-    if val_data is not None and val_data.class_names != train_data.class_names:
-        raise ShardError(
-            f"{spec}: its {val_data.num_classes} class names differ from the "
-            f"{train_data.num_classes} of {config.shards}. Use splits of one data set."
-        )
+    spec = config.val_shards or find_validation(train_data.shards[0].path)
+    val_data = None
+    if spec:
+        val_data = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
+        classes = _shared_classes(train_data, val_data)
+        train_data = with_classes(train_data, classes, of=spec)
+        val_data = with_classes(val_data, classes, of=config.shards)
     if config.check_shards:
         for dataset in filter(None, (train_data, val_data)):
             name = f"Checking {dataset.split}"
             for shard in track(dataset.shards, name, unit="shards"):
                 check_sha256(shard)
     return train_data, val_data, spec
+
+
+def _shared_classes(train_data: Dataset, val_data: Dataset) -> tuple[str, ...]:
+    """The class names of both splits: stated by a manifest, else as many as either has labels."""
+    if not train_data.is_counted:
+        return train_data.class_names
+    if not val_data.is_counted:
+        return val_data.class_names
+    return max(train_data.class_names, val_data.class_names, key=len)
 
 
 def _without_checksums(dataset: Dataset) -> str:

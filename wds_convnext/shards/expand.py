@@ -1,0 +1,179 @@
+"""Which shards a spec on the command line names."""
+
+import os
+import re
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+import braceexpand
+
+from wds_convnext.errors import ShardError, did_you_mean, listing
+from wds_convnext.shards.naming import (
+    counterpart,
+    find_files,
+    is_held_out,
+    missing_siblings,
+    purpose,
+    split_of,
+)
+from wds_convnext.shards.spec import is_manifest, load_manifest, manifest_path, manifests_in
+
+
+def expand_spec(spec: str, *, allow_missing: bool = False, use: str = "train") -> list[str]:
+    """The shard files that a spec names, in order.
+
+    A spec is `data/train-<000..012>.tar`, the brace form `{000..012}`, a glob, a folder,
+    a manifest, one file, or a comma list of these.
+
+    Args:
+        allow_missing: name also the files that a range, a numbered series or a manifest lacks.
+        use: what the samples are for, "train" or "validation": that split of a folder is taken.
+    Raises:
+        ShardError: if nothing matches, files are missing (they are named) and not
+            `allow_missing`, or a folder leaves a choice.
+    """
+    paths = []
+    for part in _split_commas(spec):
+        paths += _expand_part(local_path(part), allow_missing, use)
+    if not paths:
+        raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
+    counts = Counter(map(os.path.abspath, paths))
+    twice = [path for path in paths if counts[os.path.abspath(path)] > 1]
+    if twice:
+        raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
+    return paths
+
+
+def _split_commas(spec: str) -> list[str]:
+    """The parts of a comma list; a comma inside braces belongs to its part."""
+    parts, depth = [""], 0
+    for char in spec:
+        depth += (char == "{") - (char == "}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
+    braces = re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
+    if braces.endswith(".json"):
+        return [shard.path for shard in load_manifest(braces)[1]]
+    if os.path.isdir(braces):
+        return _expand_folder(part, allow_missing, use)
+    if os.path.isfile(braces):
+        return [braces]
+    if "{" in braces:
+        try:
+            names = list(braceexpand.braceexpand(braces))
+        except braceexpand.UnbalancedBracesError:
+            raise ShardError(f"{part}: its braces do not pair. Write {{000..012}}.") from None
+        missing = [name for name in names if not os.path.isfile(name)]
+        if len(missing) == len(names):
+            return _nothing(part)
+    else:
+        found = [path for path in find_files(braces) if path.endswith(".tar")]
+        if not found:
+            return _nothing(part)
+        missing = [*missing_siblings(found), *_unlisted(found, braces)]
+        names = sorted({*found, *missing})
+    if not allow_missing:
+        _refuse_missing(part, missing, len(names))
+    return names
+
+
+def _expand_folder(folder: str, allow_missing: bool, use: str) -> list[str]:
+    splits = {Path(path).stem: (path, found) for path, found in manifests_in(folder).items()}
+    if not splits:
+        return _nothing(folder)
+    manifest, found = splits[_choose_split(folder, list(splits), use)]
+    if is_manifest(manifest):
+        listed = [shard.path for shard in load_manifest(manifest)[1]]
+        return [*listed, *sorted({*found} - {*listed})]
+    missing = list(missing_siblings(found))
+    if not allow_missing:
+        _refuse_missing(folder, missing, len(found) + len(missing))
+    return sorted([*found, *missing])
+
+
+def _choose_split(folder: str, splits: list[str], use: str) -> str:
+    """The one split of a folder that is for this use; a test split is taken only if named.
+
+    Without a name that says so, a single split that is not held out is the training split.
+    """
+    fitting = [split for split in splits if purpose(split) == use]
+    if not fitting and use == "train":
+        fitting = [split for split in splits if not is_held_out(split)]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"several {use} splits," if fitting else f"no {use} split, but"
+    example = os.path.join(folder, f"{(fitting or ['NAME'])[0]}*.tar")
+    raise ShardError(
+        f"{folder}: the folder holds {found} {listing(fitting or splits)}. "
+        f"Name the shards, for example '{example}'."
+    )
+
+
+def _refuse_missing(part: str, missing: list[str], total: int) -> None:
+    if missing:
+        raise ShardError(
+            f"{part}: {len(missing)} of {total} shards are missing: {listing(missing, limit=5)}. "
+            "Copy or write them, or name only those that are there."
+        )
+
+
+def _unlisted(found: list[str], pattern: str) -> list[str]:
+    """The shards that match a glob and stand in the manifests of others, but are not there."""
+    manifests = [path for path in dict.fromkeys(map(manifest_path, found)) if is_manifest(path)]
+    return [
+        shard.path
+        for path in manifests
+        for shard in load_manifest(path)[1]
+        if fnmatch(shard.path, pattern) and not os.path.exists(shard.path)
+    ]
+
+
+def _nothing(part: str) -> list[str]:
+    folder = os.path.dirname(re.split(r"[<{*?\[]", part)[0])
+    if not os.path.isdir(folder or "."):
+        raise ShardError(
+            f"{part}: no shard matches: there is no folder {folder}. "
+            "Write shards with wds-convnext shards."
+        )
+    # Two levels: a mistyped path in a home folder must not be answered by a walk of it all.
+    here = [
+        path for deep in ("*.tar", "*/*.tar") for path in find_files(os.path.join(folder, deep))
+    ]
+    hint = did_you_mean(part, here) or (f" There is {here[0]}." if here else "")
+    raise ShardError(f"{part}: no shard matches.{hint} Write shards with wds-convnext shards.")
+
+
+def find_validation(train_shard: str) -> str | None:
+    """A spec of the validation shards next to a training shard; None if there are none."""
+    folder = os.path.dirname(train_shard)
+    splits = {Path(path).stem: (path, found) for path, found in manifests_in(folder).items()}
+    split = counterpart(split_of(train_shard), splits)
+    if split is None:
+        return None
+    manifest, found = splits[split]
+    if is_manifest(manifest):
+        return manifest
+    first = os.path.basename(found[0])
+    joint = first[len(split)] if first[len(split)] in "-_." else "[0-9]"
+    return found[0] if first == f"{split}.tar" else os.path.join(folder, f"{split}{joint}*.tar")
+
+
+def local_path(url: str) -> str:
+    """The local file behind a shard's URL: the one place through which every shard is reached.
+
+    Raises:
+        ShardError: for remote URLs, which are not read yet, and for `pipe:`, which never is.
+    """
+    scheme = re.match(r"([a-z][a-z0-9+]*)://|(pipe):", url)
+    if not scheme or scheme[1] == "file":
+        return url.removeprefix("file://")
+    if scheme[2]:
+        raise ShardError(f"{url}: pipes run a shell, so they are not read. Name files.")
+    raise ShardError(f"{url}: {scheme[1]} shards cannot be read. Copy them to a local folder.")
