@@ -27,7 +27,8 @@ def with_classes(dataset: "Dataset", class_names: tuple[str, ...], *, of: str) -
         )
     if not dataset.is_counted and (difference := class_difference(found, class_names)):
         raise ShardError(
-            f"{where}: its classes are not those of {of}: {difference}. Use splits of one data set."
+            f"{where}: its {len(found)} classes are not the {len(class_names)} of {of}: "
+            f"{difference}. Use splits of one data set."
         )
     return replace(dataset, class_names=class_names)
 
