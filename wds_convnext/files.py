@@ -34,6 +34,13 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     sync_folder(path)
 
 
+def create(path: str | os.PathLike, *, buffering: int = -1) -> BinaryIO:
+    """Open a new file for writing in place of what has its name; a link is not followed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, "xb", buffering=buffering)
+
+
 def read_at(file: int, num_bytes: int, offset: int) -> bytes:
     """So many bytes of an open file, from an offset on; fewer only where the file ends."""
     data = os.pread(file, num_bytes, offset)

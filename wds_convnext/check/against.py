@@ -5,7 +5,6 @@ order. Of every image 64 bits of its SHA-256 are kept, of both sides: 60 bytes a
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from wds_convnext.conversion.opening import open_splits
 from wds_convnext.conversion.parquet import ParquetSplit, open_split
 from wds_convnext.conversion.rows import UNLABELLED, read_rows
 from wds_convnext.conversion.sources import find_splits
+from wds_convnext.conversion.staging import read_bad_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -145,12 +145,7 @@ def _listing(split: ShardSplit) -> Path:
 
 def _rows_left_out(split: ShardSplit) -> list[int]:
     """The rows that the conversion could not use, as it listed them."""
-    if not _listing(split).exists():
-        return []
-    try:
-        return [json.loads(line)["row"] for line in _listing(split).read_text().splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{_listing(split)}: not a list of rows ({error}).") from None
+    return [entry["row"] for entry in read_bad_rows(_listing(split))]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from wds_convnext.conversion.passes import (
 )
 from wds_convnext.conversion.report import SplitReport, kind_of
 from wds_convnext.conversion.scatter import Scatter
-from wds_convnext.conversion.staging import Staging
+from wds_convnext.conversion.staging import Staging, read_bad_rows
 from wds_convnext.errors import DataError
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
@@ -79,7 +79,8 @@ class Conversion:
         """Write the shards, beginning where an earlier run has stopped."""
         files = [name + extension for name in self.names for extension in (".tar", ".idx")]
         files.append(self.staging.index_name)
-        self.staging.begin(self.identity, files)
+        if not self.staging.begin(self.identity, files, overwrite=self.config.overwrite):
+            return self.report_complete()
         try:
             with Workers(self.config.jobs, on_start=self.staging.worker_lock()) as self.workers:
                 records = self._shuffled() if self.config.shuffle else self._in_order()
@@ -101,9 +102,8 @@ class Conversion:
             self.staging.lock()
             self.staging.remove()
         manifest = read_manifest(self.staging.manifest_path)
-        listing = self.staging.out / self.staging.bad_rows_name
-        lines = listing.read_text().splitlines() if listing.exists() else []
-        skipped = Counter(kind_of(json.loads(line)["reason"]) for line in lines)
+        listed = read_bad_rows(self.staging.out / self.staging.bad_rows_name)
+        skipped = Counter(kind_of(entry["reason"]) for entry in listed)
         return SplitReport(
             self.split.name,
             manifest.shards,
@@ -117,7 +117,7 @@ class Conversion:
     def num_bytes(self) -> int:
         """Disk space that is needed at the peak, about."""
         num_bytes = self.split.num_bytes + TAR_BYTES * self.split.num_rows
-        written = sum(path.stat().st_size for path in self.staging.folder.glob("*"))
+        written = sum(path.lstat().st_size for path in self.staging.folder.glob("*"))
         return max(0, (2 if self.config.shuffle else 1) * num_bytes - written)
 
     @cached_property

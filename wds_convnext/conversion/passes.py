@@ -3,18 +3,16 @@
 A task writes one file at `path` and returns its record; the same task writes the same bytes.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.conversion.records import recorded
 from wds_convnext.conversion.rows import UNLABELLED, label_numbers, read_labels, read_rows
 from wds_convnext.conversion.scatter import Scatter, ranks_in_class
 from wds_convnext.conversion.spill import SpillWriter, read_spilled
-from wds_convnext.conversion.staging import recorded
 from wds_convnext.conversion.tarwriter import ShardWriter
 from wds_convnext.errors import DataError
 from wds_convnext.shards.decode import decode_rgb
@@ -142,7 +140,7 @@ class SpillRows:
                     label=label,
                     extension=extension,
                 )
-        return findings.record()
+        return findings.record() | {"files": writer.files}
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,4 @@ def _writer(task: CopyRows | CollectShard) -> ShardWriter:
 
 def run_task(task, count: Count) -> dict:
     """The record of a task: as it was left by an earlier run, else the task is run."""
-    if not os.path.exists(getattr(task, "records_path", f"{task.path}.done")):
-        # Version 0.1.0 left shards without index records; the same task writes the same bytes.
-        Path(f"{task.path}.done").unlink(missing_ok=True)
     return recorded(f"{task.path}.done", lambda: task.run(count))

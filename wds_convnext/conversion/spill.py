@@ -5,11 +5,17 @@ grouped by shard, and an index. Then each shard reads its own from all of them, 
 disk is written in long runs and read in runs, and memory holds one group at a time.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
+import xxhash
+
+from wds_convnext.conversion.records import left_as
+from wds_convnext.errors import ShardError
+from wds_convnext.files import create, read_at, write_atomically
 
 _GROUP_BYTES = 8 << 20  # images held in memory until they are grouped by shard
 _INDEX_DTYPE = np.dtype(
@@ -26,7 +32,10 @@ _INDEX_DTYPE = np.dtype(
 
 
 class SpillWriter(AbstractContextManager):
-    """Writes a spill file `path` and its index `path.npy`, sorted by shard and place."""
+    """Writes a spill file `path` and its index `path.npy`, sorted by shard and place.
+
+    `files` says in the end what was left, as in `records`.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -35,7 +44,8 @@ class SpillWriter(AbstractContextManager):
         self._pending_bytes = 0
         self._offset = 0
         self._indexes: list[np.ndarray] = []
-        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._digest = xxhash.xxh3_64()
+        self._file = create(path, buffering=1 << 20)
 
     def write(self, image, *, shard, place, row: int, label: int, extension: str) -> None:
         self._pending.append((shard, place, row, 0, len(image), label, extension))
@@ -49,6 +59,7 @@ class SpillWriter(AbstractContextManager):
         order = np.argsort(index["shard"], kind="stable")
         for i in order.tolist():
             self._file.write(self._images[i])
+            self._digest.update(self._images[i])
         index = index[order]
         sizes = index["num_bytes"].astype(np.int64)
         index["offset"] = self._offset + np.cumsum(sizes) - sizes
@@ -66,10 +77,14 @@ class SpillWriter(AbstractContextManager):
             self._file.flush()
             os.fsync(self._file.fileno())
         index = np.concatenate(self._indexes)
-        with open(self.path + ".npy", "wb") as file:
-            np.save(file, index[np.lexsort((index["place"], index["shard"]))])
-            file.flush()
-            os.fsync(file.fileno())
+        content = io.BytesIO()
+        np.save(content, index[np.lexsort((index["place"], index["shard"]))])
+        write_atomically(self.path + ".npy", content.getvalue())
+        name = os.path.basename(self.path)
+        self.files = {
+            name: [self._offset, self._digest.hexdigest()],
+            name + ".npy": left_as(content.getvalue()),
+        }
 
 
 def read_spilled(paths: list[str], shard: int) -> Iterator[tuple[bytes, np.void]]:
@@ -86,7 +101,13 @@ def read_spilled(paths: list[str], shard: int) -> Iterator[tuple[bytes, np.void]
     try:
         for i in order.tolist():
             entry = entries[i]
-            yield os.pread(files[owner[i]], entry["num_bytes"], entry["offset"]), entry
+            image = read_at(files[owner[i]], int(entry["num_bytes"]), int(entry["offset"]))
+            if len(image) < entry["num_bytes"]:
+                raise ShardError(
+                    f"{paths[owner[i]]}: it ends before byte {entry['offset'] + len(image):,}, "
+                    "cut short since it was written. Run the same command again."
+                )
+            yield image, entry
     finally:
         for file in files:
             os.close(file)

@@ -8,12 +8,15 @@ dies is taken up from the records. Shards move to OUT when all are complete, the
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from wds_convnext.errors import ShardError, UsageError
+from wds_convnext.conversion.records import PUBLISHING, finished_path
+from wds_convnext.door import count, parse_json, read_bounded, read_json, text
+from wds_convnext.errors import ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import sync_folder, write_atomically
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.spec import index_path, staging_path
@@ -43,7 +46,7 @@ class Staging:
         """
         if overwrite:
             return False
-        begun = _read_json(self.folder / "plan.json").get("options") or options
+        begun = self._read_plan().get("options") or options
         if not self.manifest_path.exists() and begun == options:
             return False
         manifest = read_manifest(self.manifest_path) if self.manifest_path.exists() else None
@@ -60,31 +63,40 @@ class Staging:
                 )
         return True
 
-    def begin(self, options: dict, files: list[str]) -> None:
+    def begin(self, options: dict, files: list[str], *, overwrite: bool = False) -> bool:
         """Lock the folder and make it ready for a plan, keeping finished steps of the same plan.
 
         Args:
             options: what the bytes of the files depend on.
             files: names of the files that will be written to OUT.
+        Returns:
+            False if there is nothing to do: another conversion has just finished the same.
         Raises:
             UsageError: if another conversion is at work, or OUT holds files of these names that
                 were not written by this tool.
+            ShardError: if the plan that an earlier conversion left is damaged.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
-        started = _read_json(self.folder / "plan.json")
-        replaces = self._own_files(started)
+        started = {}
         try:
+            started = self._read_plan()
+            # Asked again, now that no other conversion can finish meanwhile.
+            if self.is_complete(options, overwrite=overwrite):
+                self.remove()
+                return False
+            replaces = self._own_files(started)
             self._refuse_foreign(files, replaces)
-        except UsageError:
-            self.close() if started else self.remove()
+        except WdsConvnextError:
+            self.close() if (self.folder / "plan.json").exists() else self.remove()
             raise
         if started.get("options") != options:
             # First no plan, so that no record is trusted while some of its files are gone.
             self._write_plan(None, replaces)
             self._remove_written()
             self._write_plan(options, replaces)
-            (self.folder / "publishing").unlink(missing_ok=True)
+            (self.folder / PUBLISHING).unlink(missing_ok=True)
+        return True
 
     def _write_plan(self, options: dict | None, replaces: set[str]) -> None:
         plan = {"options": options, "replaces": sorted(replaces)}
@@ -93,9 +105,12 @@ class Staging:
     def lock(self) -> None:
         """Hold the folder: exclusively for a moment, then together with worker processes."""
         deadline = time.monotonic() + _LOCK_WAIT_S
+        if self.folder.is_symlink():
+            raise UsageError(f"{self.folder}: a link, so not followed. Remove it.")
         while True:
             self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._lock = os.open(self.folder / "lock", flags)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -120,9 +135,23 @@ class Staging:
         return str(self.folder / f"{name}.part")
 
     def publish(self, manifest: Dataset, files: list[str]) -> None:
-        """Move complete files to OUT, in place of an earlier conversion's; the manifest last."""
-        marker = self.folder / "publishing"
-        replaces = set(_read_json(self.folder / "plan.json")["replaces"])
+        """Move complete files to OUT, in place of an earlier conversion's; the manifest last.
+
+        Raises:
+            ShardError: if a file is missing or a shard not of its size.
+        """
+        marker = self.folder / PUBLISHING
+        replaces = set(self._read_plan().get("replaces", ()))
+        sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
+        for name in files:
+            path = finished_path(self.staged(name))
+            if not os.path.isfile(path) or os.path.getsize(path) != sizes.get(
+                name, os.path.getsize(path)
+            ):
+                raise ShardError(
+                    f"{path}: missing or changed since it was written. "
+                    "Run the same command again: it is written again."
+                )
         if not marker.exists():
             self._refuse_foreign(files, replaces)
             write_atomically(marker, json.dumps(files).encode())
@@ -142,7 +171,7 @@ class Staging:
         (self.folder / "plan.json").unlink(missing_ok=True)
         sync_folder(self.folder / "plan.json")
         self._remove_written()
-        for name in ("publishing", "lock"):
+        for name in (PUBLISHING, "lock"):
             (self.folder / name).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -155,7 +184,8 @@ class Staging:
 
     def _own_files(self, started: dict) -> set[str]:
         """The names of files in OUT that an earlier conversion of this split wrote."""
-        own = {*started.get("replaces", ()), *_read_json(self.folder / "publishing")}
+        publishing = self._read(PUBLISHING, [self._own_name])
+        own = {*started.get("replaces", ()), *publishing}
         if self.manifest_path.exists():
             manifest = read_manifest(self.manifest_path)
             if "source_digest" in manifest.options:
@@ -163,7 +193,33 @@ class Staging:
                     if _has_size(shard.path, shard.num_bytes) or not os.path.exists(shard.path):
                         own |= {shard.name, shard.name.removesuffix(".tar") + ".idx"}
                 own |= {self.manifest_path.name, self.bad_rows_name, self.index_name}
-        return own
+        return {name for name in own if not self._own_name(name)}
+
+    def _own_name(self, name) -> str:
+        """Whether a conversion of this split writes files of a name, as a shape of `door`.
+
+        Only these are ever deleted, so that no file that names others leads to another's data.
+        """
+        pattern = rf"{re.escape(self.split)}(-\d+\.(tar|idx)|\.json|\.index|\.bad\.jsonl)"
+        is_own = isinstance(name, str) and re.fullmatch(pattern, name, re.ASCII)
+        return "" if is_own else f"the name of a file of {self.split}"
+
+    def _read_plan(self) -> dict:
+        return self._read("plan.json", {"options?": {}, "replaces": [self._own_name]})
+
+    def _read(self, name: str, shape):
+        """The content of a file of the staging folder; nothing if there is none."""
+        path = self.folder / name
+        try:
+            return read_json(path, shape)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ShardError(
+                f"{path}: not what a conversion leaves ({reason}). "
+                f"Delete {self.folder} and run again."
+            ) from None
 
     def _refuse_foreign(self, files: list[str], own: set[str]) -> None:
         for name in (*files, self.manifest_path.name):
@@ -174,17 +230,22 @@ class Staging:
                 )
 
 
-def recorded(path: str | os.PathLike, make: Callable[[], dict]) -> dict:
-    """The result of a step: read if the step is finished, else made and recorded."""
-    if os.path.exists(path):
-        return json.loads(Path(path).read_text())
-    result = make()
-    write_atomically(path, json.dumps(result).encode())
-    return result
+def read_bad_rows(path: str | os.PathLike) -> list[dict]:
+    """The rows that a conversion could not use, as it listed them: `row`, `reason` and more.
 
-
-def _read_json(path: Path) -> dict | list:
-    return json.loads(path.read_text()) if path.exists() else {}
+    Raises:
+        ShardError: if the file is damaged.
+    """
+    try:
+        lines = read_bounded(path).splitlines()
+        return [parse_json(line, {"row": count, "reason": text}) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ShardError(
+            f"{path}: not a list of unusable rows ({reason}). Convert again with --overwrite."
+        ) from None
 
 
 def _has_size(path: str, num_bytes: int | None) -> bool:

@@ -11,7 +11,10 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
-from wds_convnext.files import write_atomically
+import xxhash
+
+from wds_convnext.conversion.records import left_as
+from wds_convnext.files import create, write_atomically
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, checksum
 from wds_convnext.shards.tar import Member, format_sidecar_line, sidecar_head
@@ -56,7 +59,7 @@ class ShardWriter(AbstractContextManager):
         self.records_path = records_path
         self.num_samples = 0
         self.num_bytes = 0
-        self._sha256 = hashlib.sha256()
+        self._sha256, self._digest = hashlib.sha256(), xxhash.xxh3_64()
         self._pending: list[bytes | memoryview] = []
         self._pending_bytes = 0
         self._sidecar = bytearray()
@@ -64,7 +67,7 @@ class ShardWriter(AbstractContextManager):
         # A third of the time is SHA-256, which leaves the interpreter free: beside the reading.
         self._hasher = ThreadPoolExecutor(1)
         self._hashed = self._hasher.submit(bool)
-        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115
+        self._file = create(self.path, buffering=0)
 
     def write(self, key: str, image, *, extension: str, label: int) -> None:
         """Append one sample: `<key>.<extension>` and `<key>.cls`."""
@@ -102,17 +105,29 @@ class ShardWriter(AbstractContextManager):
         self._pending.clear()
         self._pending_bytes = 0
         self._hashed.result()
-        self._hashed = self._hasher.submit(self._sha256.update, chunk)
+        self._hashed = self._hasher.submit(self._hash, chunk)
         rest = memoryview(chunk)
         while rest:
             rest = rest[self._file.write(rest) :]
 
+    def _hash(self, chunk: bytes) -> None:
+        self._sha256.update(chunk)
+        self._digest.update(chunk)
+
     def record(self) -> dict:
-        """What a manifest states of the shard, once it is closed."""
+        """What a manifest states of the shard, once it is closed, and the files as they were left.
+
+        See `records` for the latter.
+        """
         return {
             "num_samples": self.num_samples,
             "num_bytes": self.num_bytes,
             "sha256": self._sha256.hexdigest(),
+            "files": {
+                os.path.basename(self.path): [self.num_bytes, self._digest.hexdigest()],
+                os.path.basename(self.sidecar_path): left_as(self._sidecar),
+                os.path.basename(self.records_path): left_as(self._records),
+            },
         }
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -125,6 +140,6 @@ class ShardWriter(AbstractContextManager):
             self.num_bytes += end
             self._flush()
             os.fsync(self._file.fileno())
-        sidecar = sidecar_head(self.num_samples) + self._sidecar
-        write_atomically(self.sidecar_path, sidecar)
+        self._sidecar = sidecar_head(self.num_samples) + self._sidecar
+        write_atomically(self.sidecar_path, self._sidecar)
         write_atomically(self.records_path, self._records)
