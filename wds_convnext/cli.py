@@ -19,6 +19,7 @@ from wds_convnext.config import (
     VerifyConfig,
 )
 from wds_convnext.errors import WdsConvnextError
+from wds_convnext.files import format_json
 from wds_convnext.options import (
     GroupedCommand,
     GroupedOption,
@@ -119,7 +120,7 @@ def evaluate(**options) -> None:
             "loss": result.loss,
             "num_samples": result.num_samples,
         }
-        click.echo(json.dumps(about | numbers))
+        click.echo(format_json(about | numbers))
         return
     click.echo(f"{about['model']} ({about['checkpoint']}, step {about['step']})")
     click.echo(f"on {about['dataset']}, {about['split']} split, {result.num_samples:,} samples")

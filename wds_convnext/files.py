@@ -1,6 +1,8 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and JSON that every reader takes."""
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
@@ -64,3 +66,12 @@ def sync_folder(path: str | os.PathLike) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def format_json(values: dict) -> str:
+    """An object as one line of JSON. Numbers that JSON does not have (nan, inf) become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(finite, allow_nan=False)

@@ -7,14 +7,39 @@ import torch
 from torch import nn
 
 
+def decay_at(num_updates: int, decay: float) -> float:
+    """The decay of an update after so many: it rises to `decay`, so that few steps count, too.
+
+    Source: num_updates of TensorFlow's tf.train.ExponentialMovingAverage.
+    """
+    return min(decay, (1 + num_updates) / (10 + num_updates))
+
+
+def warmup_note(decay: float, num_steps: int) -> str | None:
+    """A sentence for a run that ends before its average's decay has risen to `decay`."""
+    if decay_at(num_steps - 1, decay) == decay:
+        return None
+    return (
+        f"--ema-decay {decay:g} averages over some {1 / (1 - decay):,.0f} steps, this run has "
+        f"{num_steps:,}: after t steps the decay is (1 + t) / (10 + t), at the end "
+        f"{decay_at(num_steps - 1, decay):.3f}."
+    )
+
+
 class WeightAverage:
     """An exponential moving average of a model's parameters, updated on the device without reads.
 
-    Buffers are not averaged: they belong to the running model.
+    Buffers are not averaged: the model's own go with the average, wherever it is used. Those of
+    BatchNorm are moving averages already, others are counts or constants.
+
+    Args:
+        num_updates: how many there were, by which the decay warms up; None for a decay that is
+            constant, as in runs of version 0.1.0.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float):
+    def __init__(self, model: nn.Module, *, decay: float, num_updates: int | None = None):
         self.decay = decay
+        self.num_updates = num_updates
         self.names = [name for name, _ in model.named_parameters()]
         self._parameters = list(model.parameters())
         self._average = [p.detach().clone() for p in self._parameters]
@@ -22,7 +47,11 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, *, frozen: torch.Tensor) -> None:
         """Move towards the model's weights; not at all where the 0-d flag `frozen` is set."""
-        weight = (1 - self.decay) * (1 - frozen.float())
+        decay = self.decay
+        if self.num_updates is not None:
+            decay = decay_at(self.num_updates, decay)
+            self.num_updates += 1  # frozen ones included: the host does not know of them
+        weight = (1 - decay) * (1 - frozen.float())
         # Not _foreach_lerp_: it takes a Python number, and would read `frozen` to get one.
         moves = torch._foreach_sub(self._parameters, self._average)
         torch._foreach_mul_(moves, weight)

@@ -1,6 +1,7 @@
 """What a run reports: lines, scalars, images and a progress bar."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from wds_convnext import progress
-from wds_convnext.files import write_atomically
+from wds_convnext.files import format_json, write_atomically
 from wds_convnext.training.evaluate import EvalResult
 
 # How the progress line shows what `gauges` reads.
@@ -117,7 +118,9 @@ class RunLog:
         values = {"val/loss": result.loss, "val/accuracy": 100 * result.top1}
         self._record(step, values | {"val/top5": 100 * result.top5})
         self.say(f"Validation: Loss: {result.loss:.4f} | Acc: {result.top1:.2%}")
-        self.say(f"Best Accuracy: {best_top1:.2%}")
+        if not math.isfinite(result.loss):
+            self.say("The loss is not finite, so these weights are no candidate for best.pt.")
+        self.say(f"Best Accuracy: {best_top1:.2%}" if best_top1 >= 0 else "Best Accuracy: none yet")
 
     def images(self, step: int, images: torch.Tensor) -> None:
         """A grid of training images, float (B, 3, H, W) in [0, 1]."""
@@ -153,7 +156,7 @@ class RunLog:
     def _record(self, step: int, values: dict[str, float]) -> None:
         if self.quiet:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.write(format_json({"step": step, **values}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)

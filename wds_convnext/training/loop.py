@@ -1,6 +1,7 @@
 """The loop around the step: it decides when to log, validate, save and stop."""
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -72,17 +73,18 @@ def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) ->
                     state.step, epoch=epoch, loss=interval.epoch_loss, seconds=state.epoch_seconds
                 )
                 state.start_epoch()
+            is_best = False
             if run.validation and schedule.is_due(state.step):
-                _validate(run, batches, log=log, rundir=rundir)
+                is_best = _validate(run, batches, log=log)
                 watch.lap()  # images per second are those of training alone
                 # A validation may take minutes: a signal that came meanwhile counts now.
                 is_stopped |= vote.should_stop(request.signal_name is not None)
 
             # After all the rest, so that a resumed run repeats and misses nothing of it. The log
             # goes to the disk first: a checkpoint must not be ahead of it.
-            if saves or is_stopped:
+            if saves or is_stopped or is_best:
                 log.flush()
-                rundir.save("last", run)
+                rundir.save(run, is_best=is_best)
             if is_stopped and not is_last:
                 return request.signal_name or "a signal to another process"
     return "finished"
@@ -168,12 +170,14 @@ def _account_for_bad_samples(run: "Run", log: RunLog) -> None:
         )
 
 
-def _validate(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) -> None:
-    """Validate, and keep the weights if they are the best so far."""
+def _validate(run: "Run", batches: Iterator[Batch], *, log: RunLog) -> bool:
+    """Validate; gives whether the weights are the best so far, which are to be saved."""
     state = run.state
     with state.average.applied() if state.average else nullcontext():
         result = run.validation.run(run.recipe.forward, batches)
-    if result.top1 > state.best_top1:
+    # Of weights that give NaN the first class always wins: no accuracy to choose them by.
+    is_best = result.top1 > state.best_top1 and math.isfinite(result.loss)
+    if is_best:
         state.best_top1 = result.top1
-        rundir.save("best", run)
     log.validation(state.step, result=result, best_top1=state.best_top1)
+    return is_best

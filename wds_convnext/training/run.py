@@ -26,6 +26,7 @@ from wds_convnext.training.checkpoint import DataFacts, Facts
 from wds_convnext.training.distributed import (
     Machine,
 )
+from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.monitor import Gauges, build_gauges
 from wds_convnext.training.rundir import (
@@ -150,6 +151,9 @@ def open_run(
         machine=machine,
         preprocessing=facts.preprocessing,
     )
+    schedule = validation_schedule(config, order)
+    if state.average and state.average.num_updates is not None:
+        notes += filter(None, [warmup_note(config.ema_decay, schedule.last_step)])
     validation = None
     if val_data is not None:
         validation = open_evaluation(
@@ -164,7 +168,7 @@ def open_run(
         train_data=train_data,
         order=order,
         lr=lr_schedule(config, order),
-        schedule=validation_schedule(config, order),
+        schedule=schedule,
         validation=validation,
         state=state,
         recipe=recipe,

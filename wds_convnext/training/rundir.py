@@ -79,18 +79,17 @@ class RunDir:
                 f"--out {self.path}: {error.strerror}. Choose another folder."
             ) from None
 
-    def save(self, name: str, run: "Run") -> None:
-        """Write checkpoint `last` or `best`; `last` also by its step's number."""
+    def save(self, run: "Run", *, is_best: bool = False) -> None:
+        """Write a checkpoint by its step's number, and give it the names last.pt and best.pt."""
         if not self.world.is_main:
             return
-        content = {**run.state.state_dict(), "facts": run.facts.to_dict()}
-        if name == "last":
-            numbered = self.path / f"step-{run.state.step:09d}.pt"
-            save_checkpoint(numbered, content)
-            link_checkpoint(numbered, self.path / "last.pt")
-            prune_steps(self.path, keep=self.keep)
-        else:
-            save_checkpoint(self.path / f"{name}.pt", content)
+        numbered = self.path / f"step-{run.state.step:09d}.pt"
+        save_checkpoint(numbered, {**run.state.state_dict(), "facts": run.facts.to_dict()})
+        # last.pt comes last: a kill in between must not leave it with the accuracy of a best.pt
+        # that is not there. A resume from the one before makes the same best.pt again.
+        for name in (["best.pt"] if is_best else []) + ["last.pt"]:
+            link_checkpoint(numbered, self.path / name)
+        prune_steps(self.path, keep=self.keep)
 
     @contextlib.contextmanager
     def status(self, run: "Run") -> Iterator["Status"]:

@@ -127,9 +127,15 @@ class TrainState:
         self.epoch_seconds, self.bad_samples.count = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
+        weights = self.model.state_dict()
+        average = self.average.state_dict() if self.average else None
         return {
-            "model": self.model.state_dict(),
-            "ema": self.average.state_dict() if self.average else None,
+            "model": weights,
+            "ema": average,
+            "ema_updates": self.average and self.average.num_updates,
+            # What was validated, whole, under the name that timm prefers to "model". The tensors
+            # are those above, and stand in the file once.
+            "state_dict_ema": average and weights | average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sums": self.sums.state_dict(),
@@ -153,7 +159,14 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.average.num_updates = state.get("ema_updates")
+        # Moments are the checkpoint's; weight decay and the like are the config's, which may be
+        # another. The learning rate is the last step's, and each step sets its own.
+        groups = [
+            own | {"params": stored["params"], "lr": stored["lr"]}
+            for own, stored in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"])
+        ]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         _own_tensors(self.optimizer)
         keep_lr_on_device(self.optimizer, self.sums.epoch.device)
         if state.get("scaler"):  # empty where the checkpoint was not trained in fp16
@@ -197,11 +210,14 @@ def build_state(
     groups = parameter_groups(model, weight_decay=config.weight_decay)
     optimizer = AdamP(groups, lr=config.lr)
     keep_lr_on_device(optimizer, machine.device)
+    average = None
+    if config.ema_decay:
+        average = WeightAverage(model, decay=config.ema_decay, num_updates=0)
     state = TrainState(
         model=model,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16"),
-        average=WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None,
+        average=average,
         sums=StepSums(machine.device),
     )
     return state, notes

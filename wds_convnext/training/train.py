@@ -9,7 +9,7 @@ import click
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import TrainingError
-from wds_convnext.training.checkpoint import load_checkpoint, load_weights
+from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
 from wds_convnext.training.distributed import (
     STOPPED_EXIT_CODE,
     Machine,
@@ -19,6 +19,7 @@ from wds_convnext.training.distributed import (
     join_world,
     leave_world,
 )
+from wds_convnext.training.evaluate import open_evaluation
 from wds_convnext.training.feed import loading
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
@@ -92,12 +93,17 @@ def _train(config: TrainConfig, machine: Machine) -> int:
 
 
 def _evaluate_best(run: Run, rundir: RunDir, *, say: Callable) -> None:
-    """Evaluate the best of the run's weights, and say how good they are."""
+    """Evaluate the best of the run's weights as they were chosen, and say how good they are."""
     best = load_checkpoint(rundir.path / "best.pt")
     load_weights(run.state.model, best)
-    stream = run.validation.stream
-    with loading(stream, run.config.workers, run.machine) as batches:
-        result = run.validation.run(run.recipe.forward, batches)
+    evaluation = open_evaluation(
+        run.validation.stream.dataset,
+        batch_size=run.config.batch_size,
+        preprocessing=Facts.from_dict(best["facts"]).preprocessing,  # of a resumed run, its own
+        machine=run.machine,
+    )
+    with loading(evaluation.stream, run.config.workers, run.machine) as batches:
+        result = evaluation.run(run.recipe.forward, batches)
     low, high = result.top1_interval
     say(
         f"Final Model Accuracy: {result.top1:.2%} (validation split, n = {result.num_samples:,}, "
