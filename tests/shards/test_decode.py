@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from simplejpeg import encode_jpeg as simplejpeg_encode
 
 from wds_convnext.shards.decode import Box, decode_rgb
-from wds_convnext.shards.image import MAX_PIXELS, ImageError, inspect_image
+from wds_convnext.shards.image import inspect_image
+from wds_convnext.shards.limits import MAX_PIXELS, ImageError
 
 # pytest sets the filters anew for each test; test_pillow_warns_nobody shows what users see.
 pytestmark = pytest.mark.filterwarnings(

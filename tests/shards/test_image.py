@@ -9,7 +9,8 @@ from parquet_sets import encode
 from PIL import Image
 
 from wds_convnext.shards.decode import decode_rgb
-from wds_convnext.shards.image import EXTENSIONS, MAX_PIXELS, ImageError, inspect_image
+from wds_convnext.shards.image import EXTENSIONS, inspect_image
+from wds_convnext.shards.limits import MAX_PIXELS, ImageError
 from wds_convnext.shards.tar import IMAGE_EXTENSIONS
 
 # pytest sets the filters anew for each test; test_pillow_warns_nobody shows what users see.

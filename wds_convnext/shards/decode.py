@@ -21,10 +21,16 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from wds_convnext.shards.image import ImageError, JpegHeader, open_with_pillow, read_jpeg_header
+from wds_convnext.shards.image import open_with_pillow
+from wds_convnext.shards.jpeg import JpegHeader, bare_jpeg, read_jpeg_header
+from wds_convnext.shards.limits import TRAINING_LIMITS, ImageError, Limits
 
 # Upsampling chroma reads one chroma row below the box; 16 is the height of a 4:2:0 MCU.
 _MARGIN_ROWS = 16
+
+
+_LEFT_OVER = "extraneous bytes before marker 0xd9"
+_DAMAGE = ("Corrupt JPEG data", "Premature end")
 
 
 class Box(NamedTuple):
@@ -40,7 +46,12 @@ def whole_image(height: int, width: int) -> Box:
     return Box(0, 0, height, width)
 
 
-def decode_rgb(data: bytes, choose_box: Callable[[int, int], Box] = whole_image) -> np.ndarray:
+def decode_rgb(
+    data: bytes,
+    choose_box: Callable[[int, int], Box] = whole_image,
+    *,
+    limits: Limits = TRAINING_LIMITS,
+) -> np.ndarray:
     """The RGB pixels of an encoded image, or of a box in it.
 
     They are those of Pillow's `convert("RGB")`: alpha is dropped, not composited; of an animation
@@ -50,18 +61,22 @@ def decode_rgb(data: bytes, choose_box: Callable[[int, int], Box] = whole_image)
 
     Args:
         choose_box: maps (height, width) of the image to the box wanted.
+        limits: of the memory and time that decoding may take.
     Returns:
         uint8 (height, width, 3), possibly a view into a larger array.
     Raises:
         ImageError: what `inspect_image` refuses, or what is damaged in the rows decoded.
     """
     pixels = None
-    jpeg = read_jpeg_header(data)
+    jpeg = read_jpeg_header(data, limits)
+    if jpeg is not None and not jpeg.is_plain:
+        data = bare_jpeg(data)
+        jpeg = read_jpeg_header(data, limits)
     if jpeg is not None and jpeg.mode != "CMYK":
         box = choose_box(jpeg.height, jpeg.width)
         pixels = _decode_jpeg(data, jpeg, box.top + box.height)
     if pixels is None:
-        pixels = _decode_with_pillow(data)
+        pixels = _decode_with_pillow(data, limits)
         box = choose_box(*pixels.shape[:2])
     return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
@@ -74,23 +89,33 @@ def _decode_jpeg(data: bytes, header: JpegHeader, num_rows: int) -> np.ndarray |
         data = bytearray(data)
         data[header.height_at : header.height_at + 2] = height.to_bytes(2, "big")
     pixels_HWC = np.empty((height, header.width, 3), dtype=np.uint8)
+    complaint = _fill(pixels_HWC, data)
+    if complaint and not complaint.endswith(_LEFT_OVER):
+        # libjpeg tells its first warning only, and that may be about metadata or stray bytes.
+        complaint = _fill(pixels_HWC, bare_jpeg(data))
+    # Bytes left over before the end of the image mean that all rows asked for were there; any
+    # other complaint about the data means rows of gray or noise.
+    if complaint.startswith(_DAMAGE) and not complaint.endswith(_LEFT_OVER):
+        raise ImageError(f"does not decode ({complaint})")
+    return None if complaint and not complaint.endswith(_LEFT_OVER) else pixels_HWC
+
+
+def _fill(pixels_HWC: np.ndarray, data: bytes) -> str:
+    """Decode a JPEG into an array of its size; what libjpeg complained about, or ""."""
     try:
-        simplejpeg.decode_jpeg(data, buffer=pixels_HWC)
-    except ValueError as error:
-        # libjpeg fills the buffer to the end and then reports its first warning. Bytes left over
-        # before the end of the image mean that all rows asked for were there; any other
-        # complaint about the data means rows of gray or noise.
-        message = str(error)
-        if message.endswith("extraneous bytes before marker 0xd9"):
-            return pixels_HWC
-        if message.startswith(("Corrupt JPEG data", "Premature end")):
-            raise ImageError(f"does not decode ({message})") from None
-        return None
-    return pixels_HWC
+        found = simplejpeg.decode_jpeg(data, buffer=pixels_HWC)
+    except ValueError as error:  # after a warning the array is filled all the same
+        return str(error)
+    # The size is read here and by libjpeg; where they differ, pixels would be memory as it was.
+    if found.shape != pixels_HWC.shape:
+        raise ImageError(
+            f"does not decode (libjpeg finds {found.shape[1]} x {found.shape[0]} pixels)"
+        )
+    return ""
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    with open_with_pillow(data) as image:
+def _decode_with_pillow(data: bytes, limits: Limits) -> np.ndarray:
+    with open_with_pillow(data, limits) as image:
         if image.mode.startswith("I;16"):
             high_byte_HW = (np.asarray(image) >> 8).astype(np.uint8)
             return np.stack([high_byte_HW] * 3, axis=-1)

@@ -6,20 +6,23 @@ Conversion, verify, inspect, training and evaluation all judge by this module, a
 
 import functools
 import io
-import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from wds_convnext.errors import DataError
-
-MAX_PIXELS = 178_956_970  # where Pillow, too, refuses an image as a decompression bomb
+from wds_convnext.shards.jpeg import has_jpeg_end, read_jpeg_header
+from wds_convnext.shards.limits import (
+    CONVERSION_LIMITS,
+    MAX_PIXELS,
+    PILLOW_BYTES,
+    ImageError,
+    Limits,
+)
 
 # Pillow's names of the formats, and the extension that a member with such an image gets. They are
 # those that members of a shard may be named after (`tar.IMAGE_EXTENSIONS`). Others stay out: TIFF
@@ -28,19 +31,9 @@ MAX_PIXELS = 178_956_970  # where Pillow, too, refuses an image as a decompressi
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
 _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens it as a JPEG
 
-# JPEG markers (ITU-T T.81, table B.1): a byte 0xFF, then one of these.
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_SEQUENTIAL_HUFFMAN = (0xC0, 0xC1)
-_START_OF_SCAN, _RESTART_INTERVAL, _APP1, _FILL = 0xDA, 0xDD, 0xE1, 0xFF
-_JPEG_MODES = {(8, 1): "L", (8, 3): "RGB", (8, 4): "CMYK"}  # by bits and number of components
-
-_END_MARKS = {"jpg": b"\xff\xd9", "png": b"IEND\xae\x42\x60\x82"}
+_PNG_END = b"IEND\xae\x42\x60\x82"
 _PLAIN_MODES = ("RGB", "L")
 _ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are turned or mirrored
-
-
-class ImageError(DataError):
-    """The bytes are not one whole image of bounded size; the message says what was found."""
 
 
 @dataclass(frozen=True)
@@ -86,62 +79,10 @@ def _describe(
     return ImageFacts(extension, mode, width, height, unusual)
 
 
-class JpegHeader(NamedTuple):  # made in a third of a dataclass's time
-    """What the segments before the first scan of a JPEG say."""
-
-    height: int
-    width: int
-    mode: str  # "L", "RGB" or "CMYK", with 8 bits each
-    height_at: int  # offset of the two bytes that hold the height
-    is_one_run: bool  # sequential Huffman code, one scan, no restart markers
-    exif: slice | None  # where its EXIF is
-
-
-def read_jpeg_header(data: bytes | memoryview) -> JpegHeader | None:
-    """The header of a JPEG, or None for what is left to Pillow: other formats, odd JPEGs.
-
-    Raises:
-        ImageError: if the JPEG is too large, or its end mark is missing.
-    """
-    if data[:2] != b"\xff\xd8":
-        return None
-    frame_at, has_restarts, exif, at = None, False, None, 2
-    try:
-        while True:
-            if data[at] != 0xFF:
-                return None
-            marker = data[at + 1]
-            if marker == _START_OF_SCAN:
-                break
-            if marker == _FILL:  # any number of them may precede a marker (T.81, B.1.1.2)
-                at += 1
-                continue
-            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
-            if marker in _START_OF_FRAME:
-                frame_at, frame_marker = at, marker
-            elif marker == _APP1 and exif is None and data[at + 4 : at + 10] == b"Exif\0\0":
-                exif = slice(at + 4, end)
-            has_restarts |= marker == _RESTART_INTERVAL
-            at = end
-        if frame_at is None:
-            return None
-        bits, height, width, num_components = struct.unpack_from(">BHHB", data, frame_at + 4)
-        num_scanned = data[at + 4]
-    except (IndexError, struct.error):  # the bytes end in the header
-        return None
-    mode = _JPEG_MODES.get((bits, num_components))
-    if mode is None:
-        return None
-    check_num_pixels(height, width)
-    _check_end(data, at, "jpg")
-    is_one_run = (
-        frame_marker in _SEQUENTIAL_HUFFMAN and num_scanned == num_components and not has_restarts
-    )
-    return JpegHeader(height, width, mode, frame_at + 5, is_one_run, exif)
-
-
 @contextmanager
-def open_with_pillow(data: bytes | memoryview) -> Iterator[Image.Image]:
+def open_with_pillow(
+    data: bytes | memoryview, limits: Limits = CONVERSION_LIMITS
+) -> Iterator[Image.Image]:
     """An image as Pillow opens it, judged by its header and its end.
 
     Raises:
@@ -153,7 +94,7 @@ def open_with_pillow(data: bytes | memoryview) -> Iterator[Image.Image]:
     stream = io.BytesIO(data)
     try:
         with Image.open(stream, formats=_FORMATS) as image:
-            check_num_pixels(image.height, image.width)
+            limits.check(image.height, image.width, PILLOW_BYTES)
             _check_end(data, stream.tell(), EXTENSIONS[image.format])
             yield image
     except ImageError:
@@ -167,23 +108,16 @@ def open_with_pillow(data: bytes | memoryview) -> Iterator[Image.Image]:
         raise ImageError(f"does not decode ({reason})") from error
 
 
-def check_num_pixels(height: int, width: int) -> None:
-    """Raise ImageError if an image of this size has no pixels, or more than MAX_PIXELS."""
-    if not 0 < height * width <= MAX_PIXELS:
-        if height * width == 0:
-            raise ImageError(f"no pixels: {width} x {height}")
-        raise ImageError(f"too large: {width} x {height} pixels, the limit is {MAX_PIXELS:,}")
-
-
 def _check_end(data: bytes | memoryview, start: int, extension: str) -> None:
     """Raise ImageError if a file's end is missing. Bytes after it are common and harmless.
 
     Args:
         start: where the header ends; before it stands the end mark of a thumbnail.
     """
-    if extension in _END_MARKS:
-        mark = _END_MARKS[extension]
-        is_whole = data[-len(mark) :] == mark or bytes(data[start:]).rfind(mark) >= 0
+    if extension == "jpg":
+        is_whole = has_jpeg_end(data, start)
+    elif extension == "png":
+        is_whole = data[-8:] == _PNG_END or bytes(data[start:]).rfind(_PNG_END) >= 0
     elif extension == "gif":
         is_whole = _has_gif_trailer(data)
     else:  # the header states how many bytes there are

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from wds_convnext.shards.decode import Box, decode_rgb
-from wds_convnext.shards.image import ImageError, check_num_pixels
+from wds_convnext.shards.limits import ImageError, check_num_pixels
 
 __all__ = [
     "IMAGENET_MEAN",
