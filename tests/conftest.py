@@ -97,8 +97,9 @@ def sample_members(num_samples: int, *, start: int = 0) -> list[tuple[str, bytes
 def write_shards(folder: Path, sizes: list[int], *, split: str = "train") -> Path:
     """Shards of samples numbered over the split, with sidecars and manifest; gives the latter."""
     from wds_convnext.shards.dataset import Dataset
+    from wds_convnext.shards.sidecar import format_sidecar, sidecar_path
     from wds_convnext.shards.spec import Shard
-    from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
+    from wds_convnext.shards.tar import walk_tar
 
     folder.mkdir(parents=True, exist_ok=True)
     shards = []

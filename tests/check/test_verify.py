@@ -17,7 +17,8 @@ from wds_convnext.check.verify import verify
 from wds_convnext.conversion import convert
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.dataset import read_manifest
-from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
+from wds_convnext.shards.sidecar import format_sidecar, sidecar_path
+from wds_convnext.shards.tar import walk_tar
 
 
 @pytest.fixture

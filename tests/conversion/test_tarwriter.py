@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from wds_convnext.conversion.tarwriter import ShardWriter, member_header
 from wds_convnext.shards.scan import scan_shard
-from wds_convnext.shards.tar import read_samples, walk_tar
+from wds_convnext.shards.sidecar import read_samples
+from wds_convnext.shards.tar import walk_tar
 
 
 @given(name=st.from_regex(r"[0-9]{9}\.[a-z]{1,4}", fullmatch=True), size=st.integers(0, 8**11 - 1))

@@ -47,6 +47,25 @@ def test_an_image_cut_at_any_place_is_found_by_its_header_check(image_format):
             inspect_image(data[:num_bytes])
 
 
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (encode(0, "TIFF"), "a TIFF image"),
+        (encode(0, "AVIF"), "an AVIF image"),
+        (encode(0, "JPEG2000"), "a JPEG 2000 image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image"),
+        (b"\xff\x0a\xfa\x1f", "a JPEG XL image"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
+    ],
+)
+def test_another_format_is_named_with_what_to_do(data, what):
+    """So that nobody looks for damage."""
+    with pytest.raises(ImageError, match=rf"but {what}\. (Convert|Download|Fetch)"):
+        inspect_image(data)
+
+
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_bytes_after_the_end_are_harmless(image_format):
     """Cameras and servers append to files; decoders ignore it."""

@@ -16,8 +16,9 @@ from wds_convnext.shards.dataset import open_dataset, read_manifest
 from wds_convnext.shards.expand import find_validation
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.sidecar import format_sidecar, sidecar_path
 from wds_convnext.shards.spec import check_size
-from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
+from wds_convnext.shards.tar import walk_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -152,7 +153,7 @@ def test_a_label_that_is_no_whole_number_names_its_sample(tmp_path, extension, c
     assert str(error.value) == (
         f"{shard}, key n01_37: the label {content!r} is not an integer. "
         "Labels are class numbers, in .cls or in the field 'label' of .json."
-    )
+    ) + " wds-convnext index --label-field names another field." * (extension == "json")
 
 
 def test_a_raw_sample_is_webdatasets(tmp_path):

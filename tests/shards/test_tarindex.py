@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.scan import scan_shard
-from wds_convnext.shards.tar import (
-    Member,
-    format_sidecar,
-    read_samples,
-    read_sidecar,
-    sidecar_path,
-    walk_tar,
-)
+from wds_convnext.shards.sidecar import format_sidecar, read_samples, read_sidecar, sidecar_path
+from wds_convnext.shards.tar import Member, walk_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 LONG = "folder/" + "k" * 140

@@ -8,7 +8,7 @@ from conftest import TINY_RUN
 from test_cli import call
 from test_resume import assert_same
 
-from wds_convnext.shards.tar import read_sidecar
+from wds_convnext.shards.sidecar import read_sidecar
 from wds_convnext.training.checkpoint import load_checkpoint
 
 

@@ -25,8 +25,8 @@ from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.scan import scan_shard
+from wds_convnext.shards.sidecar import read_samples
 from wds_convnext.shards.spec import Shard
-from wds_convnext.shards.tar import read_samples
 
 _ROW_KEY = re.compile(r"\d{9}|[1-9]\d{9,17}", re.ASCII)
 _NO_ROW = -1

@@ -1,9 +1,12 @@
 """Manifest, sidecars and index for shards that others made, so that training starts and checks."""
 
+import contextlib
 import hashlib
+import json
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +19,28 @@ from wds_convnext.check.splits import (
     hash_keys,
 )
 from wds_convnext.config import IndexConfig
-from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError, printable
+from wds_convnext.errors import ShardError, UsageError, WdsConvnextError, listing
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.index import JSON_LABEL, index_content
+from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.scan import scan_shard
+from wds_convnext.shards.sidecar import differing_line, format_sidecar, sidecar_path
 from wds_convnext.shards.spec import Shard, index_path
-from wds_convnext.shards.tar import format_sidecar, sidecar_path, walk_tar
+from wds_convnext.shards.tar import Member, read_tar
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """The manifests that were written, by path."""
+    """The manifests that were written, by path, and what of their shards is not used.
+
+    `unused` counts extensions of members (`.txt`) and names of files that belong to no sample.
+    """
 
     manifests: dict[str, Dataset]
+    unused: dict[str, Counter]
     seconds: float
 
     def __str__(self) -> str:
@@ -42,9 +51,14 @@ class IndexReport:
                 f"{path}: {len(manifest):,} samples, {len(manifest.class_names)} classes, "
                 f"{len(manifest.shards)} shards, {num_bytes / 1e6:,.1f} MB"
             )
-        first = next(iter(self.manifests))
-        lines += [f"{self.seconds:.1f} s", f"next: wds-convnext train --shards {first}"]
-        return "\n".join(printable(line, limit=2000) for line in lines)
+            unused = [f"{name} {number:,}" for name, number in self.unused[path].most_common()]
+            if unused:
+                lines.append(f"  not used: {listing(unused)}")
+        lines.append(f"{self.seconds:.1f} s")
+        for path in self.manifests:
+            if not is_held_out(Path(path).stem):
+                return "\n".join([*lines, f"next: wds-convnext train --shards {path}"])
+        return "\n".join(lines)
 
     def to_json(self) -> dict:
         return {
@@ -52,6 +66,7 @@ class IndexReport:
                 "num_samples": len(manifest),
                 "num_shards": len(manifest.shards),
                 "num_classes": len(manifest.class_names),
+                "unused": dict(self.unused[path]),
             }
             for path, manifest in self.manifests.items()
         }
@@ -66,6 +81,7 @@ class IndexedShard:
     highest_label: int
     label_extension: str
     records: bytes
+    unused: Counter
 
 
 def index(
@@ -95,10 +111,15 @@ def index(
     for split in splits:
         if split.manifest_error:
             raise split.manifest_error
+        if os.path.exists(split.manifest_path) and not split.manifest:
+            raise UsageError(
+                f"{split.manifest_path}: not written by this tool, so it is not replaced. "
+                "Move it away; the manifest is then written in its place."
+            )
         absent = sorted({*split.paths, *split.listed} - set(split.present))
         if absent or split.is_interrupted:
             raise ShardError(
-                f"{', '.join(absent[:5]) or split.manifest_path}: missing. An index of what is "
+                f"{listing(absent, limit=5) or split.manifest_path}: missing. An index of what is "
                 "left would make the loss look complete: copy or write the shards again."
             )
         if split.manifest and set(split.paths) != set(split.listed):
@@ -107,7 +128,7 @@ def index(
                 f"{split.manifest_path}: lists other shards than are named"
                 f"{f' ({extra[0]})' if extra else ''}. Name the manifest, or move it away."
             )
-    try:
+    with _leaving_nothing(splits):
         with Workers(config.jobs) as workers:
             indexed = [_index_split(split, label_field, workers, quiet) for split in splits]
         names = _name_classes([shard for shards in indexed for shard in shards], class_names)
@@ -121,21 +142,48 @@ def index(
             content = index_content(records, names, manifest.shards, checksums=True)
             write_atomically(index_path(path), content)
             manifest.write_manifest(path)  # last: its presence means that all is there
-    except OSError as error:
-        raise WdsConvnextError(f"{error.filename}: {error.strerror}.") from None
-    return IndexReport(manifests, time.monotonic() - started)
+    unused = {
+        path: sum((shard.unused for shard in shards), Counter())
+        for path, shards in zip(manifests, indexed)
+    }
+    return IndexReport(manifests, unused, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _leaving_nothing(splits: list[ShardSplit]) -> Iterator[None]:
+    """Remove what was written of these splits if not all of it can be."""
+    written = [sidecar_path(path) for split in splits for path in split.paths]
+    written += [index_path(split.manifest_path) for split in splits]
+    written += [split.manifest_path for split in splits]
+    new = [path for path in written if not os.path.lexists(path)]
+    try:
+        yield
+    except BaseException as error:
+        for path in reversed(new):  # the manifest first: its presence means that all is there
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if isinstance(error, OSError):
+            raise WdsConvnextError(f"{error.filename}: {error.strerror}.") from None
+        raise
 
 
 def read_class_names(path: str) -> tuple[str, ...]:
-    """The class names in a text file, one per line, the first for label 0.
+    """The class names in a text file, one per line or as a JSON list, the first for label 0.
 
     Raises:
-        UsageError: if it cannot be read, or a line is empty.
+        UsageError: if it cannot be read, or a name is empty.
     """
     try:
-        names = tuple(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--class-names {path}: not a readable text file ({error}).") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(
+            f'--class-names {path}: JSON, but not a list of names. Write ["ant", "bee"], or '
+            "one name per line."
+        )
+    names = tuple(map(str.strip, names))
     if not all(names):
         raise UsageError(f"--class-names {path}: line {names.index('') + 1} is empty.")
     return names
@@ -149,6 +197,8 @@ def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[Indexed
     indexed = workers.run(index_shard, tasks, progress=progress)
     for shard in indexed:
         _compare_with_manifest(shard.shard, split)
+    if not any(shard.shard.num_samples for shard in indexed):
+        raise ShardError(f"{split.manifest_path}: its shards hold no samples. Write them again.")
     repeated = find_duplicate_keys(list(split.paths), [shard.key_hashes for shard in indexed])
     if repeated:
         key, where = repeated[0]
@@ -202,28 +252,44 @@ def _make_manifest(split: ShardSplit, indexed, label_field: str, class_names) ->
 def index_shard(task: tuple[str, str], count: Callable[[int, int], None]) -> IndexedShard:
     """Check a shard (path, label field), and write its sidecar."""
     path, label_field = task
-    members = list(walk_tar(path))
+    members, skipped = read_tar(path)
     records, highest, extension = bytearray(), -1, "cls"
+    unused = Counter(_short_name(name) for name in skipped)
     for sample in scan_shard(path, members, label_field=label_field, images=True):
         if sample.error is not None:
-            raise DataError(f"{sample.error} Name another field with --label-field.")
+            raise sample.error
         records += sample.record.pack()
         highest = max(highest, sample.label)
         extension = "json" if sample.record.flags & JSON_LABEL else "cls"
-    _write_sidecar(path, format_sidecar(members))
+        unused.update(f".{other}" for other in sample.unused)
+    _write_sidecar(path, members)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     num_bytes = os.path.getsize(path)
     count(len(members), num_bytes)
     shard = Shard(path, len(members), num_bytes, sha256)
-    return IndexedShard(shard, hash_keys(members), highest, extension, bytes(records))
+    return IndexedShard(shard, hash_keys(members), highest, extension, bytes(records), unused)
 
 
-def _write_sidecar(path: str, content: bytes) -> None:
+def _short_name(name: str) -> str:
+    """A file's name in a report; those that macOS writes next to every file are one kind."""
+    base = os.path.basename(name)
+    return "._*" if base.startswith("._") else base
+
+
+def _write_sidecar(path: str, samples: list[list[Member]]) -> None:
     sidecar = sidecar_path(path)
     if not os.path.exists(sidecar):
-        write_atomically(sidecar, content)
-    elif Path(sidecar).read_bytes() != content:
+        write_atomically(sidecar, format_sidecar(samples))
+        return
+    try:
+        line = differing_line(sidecar, samples)
+    except (ValueError, OSError) as error:
         raise ShardError(
-            f"{sidecar}: says otherwise than a walk of the tar. Move it away; it is then written."
+            f"{sidecar}: not readable ({getattr(error, 'strerror', None) or error}). Move it away."
+        ) from None
+    if line is not None:
+        raise ShardError(
+            f"{sidecar}: says otherwise than a walk of the tar (line {line}). Move it away; it is "
+            "then written."
         )

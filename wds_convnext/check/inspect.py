@@ -24,8 +24,8 @@ from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.scan import scan_shard
+from wds_convnext.shards.sidecar import read_samples
 from wds_convnext.shards.spec import Shard, check_size
-from wds_convnext.shards.tar import read_samples
 
 _MAX_CLASS_LINES = 20
 

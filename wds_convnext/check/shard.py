@@ -8,13 +8,13 @@ import numpy as np
 
 from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import hash_keys
-from wds_convnext.door import read_bounded
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, open_index
 from wds_convnext.shards.scan import ScannedSample, scan_shard
+from wds_convnext.shards.sidecar import differing_line, sidecar_path
 from wds_convnext.shards.spec import Shard, check_sha256, check_size
-from wds_convnext.shards.tar import Member, format_sidecar, sidecar_path, walk_tar
+from wds_convnext.shards.tar import Member, read_tar
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFin
     except OSError as error:
         problems.append(Problem(path, f"not readable ({error.strerror})"))
     try:
-        samples = list(walk_tar(path))
+        samples, _ = read_tar(path)
     except ShardError as error:
         problems.append(Problem.of(path, error))
         return ShardFindings(num_bytes, problems=tuple(problems))
@@ -69,16 +69,13 @@ def _compare_sidecar(path: str, samples: list[list[Member]]) -> list[Problem]:
     sidecar = sidecar_path(path)
     if not os.path.isfile(sidecar):
         return []
-    expected = format_sidecar(samples)
     try:
-        found = read_bounded(sidecar)
+        line = differing_line(sidecar, samples)
     except (ValueError, OSError) as error:
         return [Problem(sidecar, f"not readable ({getattr(error, 'strerror', None) or error})")]
-    if found == expected:
+    if line is None:
         return []
-    lines = list(zip(found.splitlines(), expected.splitlines()))
-    line = next((i for i, (a, b) in enumerate(lines, start=1) if a != b), len(lines) + 1)
-    what = f"line {line} is not what a walk of the tar gives. Delete it, or run make shards"
+    what = f"line {line} is not what a walk of the tar gives. Delete it"
     return [Problem(sidecar, what)]
 
 

@@ -93,7 +93,7 @@ def find_shard_splits(spec: str) -> list[ShardSplit]:
 
 def _open_split(manifest: str, paths: list[str], *, whole: bool) -> ShardSplit:
     content = error = None
-    if is_manifest(manifest):
+    if is_manifest(manifest) or (os.path.isfile(manifest) and not paths):  # named, or damaged
         try:
             content = read_manifest(manifest)
         except ShardError as problem:

@@ -17,7 +17,8 @@ from wds_convnext.conversion.records import left_as
 from wds_convnext.files import create, write_atomically
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, checksum
-from wds_convnext.shards.tar import Member, format_sidecar_line, sidecar_head
+from wds_convnext.shards.sidecar import format_sidecar_line, sidecar_head
+from wds_convnext.shards.tar import Member
 
 _FLUSH_BYTES = 1 << 20  # hashed and written while it is in the cache
 _BLANK_CHECKSUM = 8 * ord(" ")

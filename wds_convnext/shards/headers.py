@@ -33,6 +33,10 @@ class Header(NamedTuple):
         return self.type in _FILES
 
     @property
+    def is_folder(self) -> bool:
+        return self.type == b"5"
+
+    @property
     def end(self) -> int:
         """Where the next header stands."""
         return self.offset if self.type in _WITHOUT_DATA else end_of(self.offset, self.num_bytes)

@@ -23,6 +23,7 @@ from wds_convnext.shards.limits import (
     ImageError,
     Limits,
 )
+from wds_convnext.shards.sniff import sniff
 
 # Pillow's names of the formats, and the extension that a member with such an image gets. They are
 # those that members of a shard may be named after (`tar.IMAGE_EXTENSIONS`). Others stay out: TIFF
@@ -100,6 +101,8 @@ def open_with_pillow(
     except ImageError:
         raise
     except UnidentifiedImageError:
+        if other := sniff(data):
+            raise ImageError(f"not an image that is read, but {other[0]}. {other[1]}") from None
         raise ImageError(f"not an image (begins with {bytes(data[:8])!r})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"too large: more than {MAX_PIXELS:,} pixels") from None

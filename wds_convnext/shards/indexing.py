@@ -12,8 +12,8 @@ from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.index import IndexFile, index_content, open_index
 from wds_convnext.shards.scan import scan_shard
+from wds_convnext.shards.sidecar import read_samples
 from wds_convnext.shards.spec import Shard, check_size
-from wds_convnext.shards.tar import read_samples
 
 _SHARDS_AT_A_TIME = 256  # whose records are in memory together
 

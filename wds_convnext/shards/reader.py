@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wds_convnext.shards.dataset import Dataset
 
 _MUCH = 1 << 26  # bytes; more are only read where the file has them
+OTHER_FIELD = "wds-convnext index --label-field names another field."
 _MAX_GAP = 8192  # bytes; an image and a label that are nearer than this are read together
 
 
@@ -249,7 +250,8 @@ def parse_label(data: bytes, flags: int, label_field: str) -> int:
             raise ValueError(label)
         return int(label)
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        advice = f" {OTHER_FIELD}" if flags & JSON_LABEL else ""
         raise DataError(
             f"the label {data[:40]!r} is not an integer. Labels are class numbers, in .cls or in "
-            f"the field {label_field!r} of .json."
+            f"the field {label_field!r} of .json.{advice}"
         ) from None

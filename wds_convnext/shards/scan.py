@@ -1,16 +1,19 @@
 """The one loop over the samples of a shard: for indexing, checking, describing and comparing."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from wds_convnext.errors import DataError, ShardError, listing, printable
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, JSON_LABEL, Record, checksum
-from wds_convnext.shards.reader import cut_member, open_shard, parse_label, read_whole
+from wds_convnext.shards.reader import OTHER_FIELD, cut_member, open_shard, parse_label, read_whole
 from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, Member
 
+_NUMBERED_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
+_MAX_BYTES = 1 << 30  # of an image or a label: 6 bytes for each pixel that one may have
 MAX_CLASSES = 1_000_000  # a label beyond it is an identifier, not a class number
 
 
@@ -26,6 +29,12 @@ class ScannedSample:
     record: Record
     image: bytes = b""
     error: DataError | None = None
+
+    @property
+    def unused(self) -> list[str]:
+        """The extensions of members that are neither its image nor its label."""
+        used = {offset for offset, _ in self.record.places}
+        return [member.extension for member in self.members if member.offset not in used]
 
     @property
     def key(self) -> str:
@@ -57,6 +66,8 @@ def scan_shard(
         extension = None
         for number, members in enumerate(samples):
             image, label = _image_and_label(path, members)
+            for member in (image, label):
+                _check_size(path, member)
             if extension not in (None, label.extension):
                 raise ShardError(
                     f"{path}: labels in both .cls and .json. Use one of them throughout."
@@ -69,7 +80,8 @@ def scan_shard(
                 value = parse_label(_read_member(file, path, label), flags, label_field)
                 if not 0 <= value < num_classes:
                     found, value = value, -1
-                    raise DataError(f"label {found} is outside the {num_classes:,} classes")
+                    advice = f". {OTHER_FIELD}" if extension == "json" else ""
+                    raise DataError(f"label {found} is outside the {num_classes:,} classes{advice}")
             except DataError as problem:
                 error = DataError(f"{path}, key {members[0].key}: {problem}")
             start = members[0].start
@@ -78,9 +90,9 @@ def scan_shard(
                 checksum=checksum(data, value, number) if images else 0,
                 num_bytes=members[-1].end - start,
                 image_offset=image.offset - start,
-                image_bytes=_fitting(path, image.num_bytes),
+                image_bytes=image.num_bytes,
                 label_offset=label.offset - start,
-                label_bytes=_fitting(path, label.num_bytes),
+                label_bytes=label.num_bytes,
                 label=value,
                 flags=flags,
             )
@@ -100,6 +112,12 @@ def _image_and_label(path: str, members: list[Member]) -> tuple[Member, Member]:
             f"(found {listing('.' + printable(e) for e in by_extension)}). "
             "Training needs an image and a label in every sample."
         )
+    for member in members:
+        if _NUMBERED_PICTURE.fullmatch(member.extension):
+            raise ShardError(
+                f"{path}: {member.name} and {image.name} have one key, which ends at the first "
+                "dot, so one of the pictures would be dropped. Write names with a single dot."
+            )
     return image, label
 
 
@@ -109,10 +127,9 @@ def _read_member(file: int, path: str, member: Member) -> bytes:
     return cut_member(span, start, (member.offset, member.num_bytes), path=path)
 
 
-def _fitting(path: str, num_bytes: int) -> int:
-    if num_bytes >= 1 << 32:
+def _check_size(path: str, member: Member) -> None:
+    if member.num_bytes >= _MAX_BYTES:
         raise ShardError(
-            f"{path}: an image or label of {num_bytes:,} bytes; expected less than 4 GiB. "
-            "Write it smaller."
+            f"{path}: {member.name} has {member.num_bytes:,} bytes, more than an image or a label "
+            f"may have ({_MAX_BYTES:,}). Leave it out, or write it smaller."
         )
-    return num_bytes

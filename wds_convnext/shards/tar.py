@@ -1,33 +1,28 @@
-"""Where each sample stands in its tar file: walking tars, sidecars, offsets.
+"""The samples of a tar file, by a walk over its headers: which members, and where they stand."""
 
-A shard's sidecar `train-000.idx` is in the format of DALI's wds2idx: a line `v1.2 N`, then for
-each sample `ext offset size name` per member. Where none is found, one walk over the tar's
-headers takes its place.
-"""
-
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 
-from wds_convnext.door import MAX_BYTES, read_bounded
-from wds_convnext.errors import ShardError
+from wds_convnext.errors import ShardError, listing
 from wds_convnext.files import read_at
 from wds_convnext.shards.headers import (
     BLOCK,
+    Header,
     announced_bytes,
     end_of,
     header_name,
     walk_headers,
 )
+from wds_convnext.shards.sniff import sniff
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 LABEL_EXTENSIONS = ("cls", "json")
-_SIDECAR_VERSION = "v1.2"
 # As in webdataset: key, dot, extension. Hidden files and `__meta__` entries are no members.
 _NAME_OF_SAMPLE = re.compile(r"(?!__[^/]*__($|/))(.*/)?[^./]+\.[^/]+$", re.DOTALL)
-_MAX_EXTENSION = 1 << 16  # bytes of extension headers before a member, where a sidecar is believed
 
 
 @dataclass(frozen=True)
@@ -62,14 +57,42 @@ class Member:
         return os.path.basename(self.name).partition(".")[2].lower()
 
 
-def walk_tar(path: str) -> Iterator[list[Member]]:
+def read_tar(path: str) -> tuple[list[list[Member]], list[str]]:
+    """The members of each sample of a tar, and the names of the files that belong to none.
+
+    Raises:
+        ShardError: as `walk_tar`; also if an image or a label is a link, or if there are files, but
+            no sample.
+    """
+    skipped: list[Header] = []
+    samples = list(walk_tar(path, skipped))
+    for header in skipped:
+        kind = header.name.rpartition(".")[2].lower()
+        is_of_sample = _NAME_OF_SAMPLE.match(header.name) and not header.is_file
+        if is_of_sample and kind in IMAGE_EXTENSIONS + LABEL_EXTENSIONS:
+            raise ShardError(
+                f"{path}: {header.name} is a link or a device, so its data is not in its place. "
+                "Write the tar with the files themselves (tar --dereference --hard-dereference)."
+            )
+    names = [header.name for header in skipped]
+    if skipped and not samples:
+        raise ShardError(
+            f"{path}: none of its {len(names):,} files belongs to a sample "
+            f"({listing(names, limit=3)}). Write members as KEY.jpg and KEY.cls."
+        )
+    return samples, names
+
+
+def walk_tar(path: str, skipped: list[Header] | None = None) -> Iterator[list[Member]]:
     """The members of each sample of a tar, in order.
 
+    Args:
+        skipped: gets what else there is, but for folders.
     Raises:
         ShardError: if the tar is cut short or damaged, or a key comes back after another.
     """
     seen, sample = set(), []
-    for member in _members(path):
+    for member in _members(path, [] if skipped is None else skipped):
         if sample and member.key != sample[0].key:
             yield sample
             sample = []
@@ -90,7 +113,7 @@ def walk_tar(path: str) -> Iterator[list[Member]]:
         yield sample
 
 
-def _members(path: str) -> Iterator[Member]:
+def _members(path: str, skipped: list[Header]) -> Iterator[Member]:
     end = 0
     try:
         with open(path, "rb") as file:
@@ -103,15 +126,24 @@ def _members(path: str) -> Iterator[Member]:
                     break
                 if header.is_file and _NAME_OF_SAMPLE.match(header.name):
                     yield Member(header.name, header.offset, header.num_bytes, header.start)
+                elif not header.is_folder:
+                    skipped.append(header)
     except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ShardError(
-            f"{path}: not a readable tar file ({reason}). Copy the shard again, or write it again."
-        ) from None
-    _check_end(path, end)
+        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
+    check_end(path, end)
 
 
-def _check_end(path: str, end: int) -> None:
+def _unreadable(path: str, reason: str) -> ShardError:
+    """The error for a file that is no tar: what it is instead, if its first bytes say so."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if other := sniff(file.read(64)):
+            return ShardError(f"{path}: not a tar file, but {other[0]}. {other[1]}.")
+    return ShardError(
+        f"{path}: not a readable tar file ({reason}). Copy the shard again, or write it again."
+    )
+
+
+def check_end(path: str, end: int) -> None:
     """Check that a tar ends at a byte: from there on at least one block of zeros, nothing else."""
     size = os.path.getsize(path)
     if end + BLOCK > size:
@@ -129,88 +161,19 @@ def _check_end(path: str, end: int) -> None:
                 )
 
 
-def sidecar_path(shard_path: str | os.PathLike) -> str:
-    """Where the offsets of a shard stand: `train-000.tar` -> `train-000.idx`."""
-    return str(shard_path).removesuffix(".tar") + ".idx"
-
-
-def format_sidecar(samples: list[list[Member]]) -> bytes:
-    """The text of a sidecar. Whitespace in names, which the format cannot hold, becomes `_`."""
-    return sidecar_head(len(samples)) + b"".join(map(format_sidecar_line, samples))
-
-
-def sidecar_head(num_samples: int) -> bytes:
-    """The first line of a sidecar."""
-    return f"{_SIDECAR_VERSION} {num_samples}\n".encode()
-
-
-def format_sidecar_line(sample: Iterable[Member]) -> bytes:
-    """The line of one sample in a sidecar."""
-    members = [Member("_".join(m.name.split()), m.offset, m.num_bytes) for m in sample]
-    line = " ".join(f"{m.extension} {m.offset} {m.num_bytes} {m.name}" for m in members)
-    return line.encode("utf-8", "surrogateescape") + b"\n"
-
-
-def read_sidecar(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> list[list[Member]]:
-    """The members of each sample, as a sidecar states them.
-
-    Args:
-        max_bytes: of the sidecar; what it lists takes ten times as much memory.
-    Raises:
-        ShardError: if it is not a whole sidecar of version 1.2.
-    """
-    try:
-        text = read_bounded(path, max_bytes=max_bytes).decode("utf-8", "surrogateescape")
-        head, *lines = text.splitlines()
-        version, num_samples = head.split()
-        samples = [_parse_sidecar_line(line.split()) for line in lines]
-        if version != _SIDECAR_VERSION or len(samples) != int(num_samples):
-            raise ValueError(f"{head!r} before {len(samples)} samples")
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ShardError(
-            f"{path}: not a whole sidecar of version {_SIDECAR_VERSION} ({reason}). "
-            "Delete it (it is then made from the tar), or write the shards again."
-        ) from None
-    return samples
-
-
-def _parse_sidecar_line(fields: list[str]) -> list[Member]:
-    if not fields or len(fields) % 4:
-        raise ValueError(f"{len(fields)} fields in a line, not 4 per member")
-    return [
-        Member(fields[i + 3], int(fields[i + 1]), int(fields[i + 2]))
-        for i in range(0, len(fields), 4)
-    ]
-
-
-def read_samples(path: str) -> list[list[Member]]:
-    """The members of each sample of a shard: from its sidecar, else by walking the tar.
-
-    Raises:
-        ShardError: if the tar is damaged, or does not end where its sidecar says.
-    """
-    sidecar = sidecar_path(path)
-    if not os.path.isfile(sidecar):
-        return list(walk_tar(path))
-    try:
-        # No sidecar of many samples is as long as its tar, where each has a block for its header.
-        samples = read_sidecar(sidecar, max_bytes=max(os.path.getsize(path), 1 << 20))
-    except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}. Copy the shard again.") from None
-    end = 0
-    for sample in samples:
-        if sample[0].start - end <= _MAX_EXTENSION:  # the headers of a long name, perhaps
-            sample[0] = replace(sample[0], start=end)
-        for member in sample:
-            if member.offset < end + BLOCK or member.num_bytes < 0:
-                raise ShardError(
-                    f"{sidecar}: {member.name} at byte {member.offset:,} overlaps what stands "
-                    "before it. Delete the sidecar (it is then made from the tar)."
-                )
-            end = member.end
-    _check_end(path, end)
-    return samples
+def skip_files(path: str, end: int) -> int:
+    """Where the files end that follow the last sample and belong to none: a license, a folder."""
+    after = end
+    if end > os.path.getsize(path):
+        return end
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        for header in walk_headers(
+            lambda num_bytes, at: read_at(file.fileno(), num_bytes, end + at)
+        ):
+            if not header.is_folder and _NAME_OF_SAMPLE.match(header.name):
+                break
+            after = end + header.end
+    return after
 
 
 def read_members(span: bytes, start: int) -> list[Member]:
