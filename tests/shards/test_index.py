@@ -206,3 +206,21 @@ def test_the_format_needs_no_torch(package):
     printed = subprocess.check_output([sys.executable, "-c", code], text=True)
 
     assert printed.strip() == "False"
+
+
+@pytest.mark.parametrize("spec", ["{folder}/pets.json", "{folder}/pets.json,{other}/train.json"])
+def test_a_manifest_that_is_named_is_used_whatever_its_shards_are_called(tmp_path, spec):
+    """Its class names and checksums count, though no shard's name leads to it."""
+    folder, other = tmp_path / "a", tmp_path / "b"
+    manifest, _ = write_shards(folder, [3, 2]), write_shards(other, [4])
+    manifest.rename(folder / "pets.json")
+
+    dataset = open_dataset(spec.format(folder=folder, other=other))
+
+    assert dataset.class_names == ("ant", "bee", "cat", "dog")
+    assert len(dataset) == (9 if "," in spec else 5)
+    (shard, *_) = dataset.shards
+    with open(shard.path, "ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ShardError, match="but its manifest says"):
+        open_dataset(spec.format(folder=folder, other=other))

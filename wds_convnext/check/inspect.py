@@ -168,7 +168,10 @@ def inspect(
                 )
             summaries.append(_summarize(dataset, surveys, labels, mix))
             if sheet is not None:
-                draw_sheet(open_dataset(",".join(split.paths)), sheet)
+                is_all = split.manifest and split.is_whole
+                draw_sheet(
+                    open_dataset(split.manifest_path if is_all else ",".join(split.paths)), sheet
+                )
     return summaries
 
 

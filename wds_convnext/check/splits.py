@@ -14,7 +14,7 @@ import numpy as np
 
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import Dataset, read_manifest
-from wds_convnext.shards.expand import expand_spec, local_path
+from wds_convnext.shards.expand import expand_shards, local_path
 from wds_convnext.shards.naming import missing_siblings
 from wds_convnext.shards.spec import (
     Shard,
@@ -78,15 +78,13 @@ def find_shard_splits(spec: str) -> list[ShardSplit]:
         paths = {str(plan.parent.with_suffix(".json")): [] for plan in plans}
         splits = manifests_in(os.path.normpath(spec)).items()
         paths |= {path: [*found, *missing_siblings(found)] for path, found in splits}
-        named = []
     elif spec.endswith(".json") and os.path.isfile(spec):
-        paths, named = {spec: []}, []
+        paths = {spec: []}
     else:
-        named = expand_spec(spec, allow_missing=True)
-    for path in named:
-        paths.setdefault(manifest_path(path), []).append(path)
+        for path, manifest in expand_shards(spec, allow_missing=True).items():
+            paths.setdefault(manifest or manifest_path(path), []).append(path)
     if not paths:
-        expand_spec(spec)  # says what is near
+        expand_shards(spec)  # says what is near
     whole = os.path.isdir(spec) or spec.endswith(".json")
     return [_open_split(path, paths[path], whole=whole) for path in sorted(paths)]
 

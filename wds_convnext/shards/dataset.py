@@ -20,7 +20,7 @@ import numpy as np
 from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
 from wds_convnext.shards.classes import class_difference
-from wds_convnext.shards.expand import expand_spec
+from wds_convnext.shards.expand import expand_shards
 from wds_convnext.shards.index import SampleIndex
 from wds_convnext.shards.indexing import find_index
 from wds_convnext.shards.naming import split_of
@@ -199,9 +199,13 @@ def open_dataset(
         ShardError: if nothing matches, or the shards do not fit their manifest or each other.
         DataError: if there is no manifest, and a label is not a class number.
     """
-    paths = list(map(os.path.normpath, expand_spec(spec, use=use)))
-    one_of_each = {re.sub(r"\d+\.tar$", "", path): path for path in paths}
-    beside = dict.fromkeys(map(manifest_path, one_of_each.values()))
+    named = expand_shards(spec, use=use)
+    paths = list(map(os.path.normpath, named))
+    one_of_each = {re.sub(r"\d+\.tar$", "", path): path for path, by in named.items() if not by}
+    beside = dict.fromkeys(
+        os.path.normpath(path)
+        for path in (*filter(None, named.values()), *map(manifest_path, one_of_each.values()))
+    )
     if all(map(is_manifest, beside)):
         dataset, wholes = _from_manifests(paths, list(beside))
     else:

@@ -33,16 +33,35 @@ def expand_spec(spec: str, *, allow_missing: bool = False, use: str = "train") -
         ShardError: if nothing matches, files are missing (they are named) and not
             `allow_missing`, or a folder leaves a choice.
     """
-    paths = []
-    for part in _split_commas(spec):
-        paths += _expand_part(local_path(part), allow_missing, use)
-    if not paths:
+    return list(expand_shards(spec, allow_missing=allow_missing, use=use))
+
+
+def expand_shards(
+    spec: str, *, allow_missing: bool = False, use: str = "train"
+) -> dict[str, str | None]:
+    """The shard files that a spec names, as `expand_spec`, each with the manifest that names it.
+
+    None where only the shard is named; its manifest, if any, is then found by its name.
+    """
+    found = []
+    for part in map(local_path, _split_commas(spec)):
+        manifest = _named_manifest(part, use)
+        found += [(path, manifest) for path in _expand_part(part, allow_missing, use)]
+    if not found:
         raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
-    counts = Counter(map(os.path.abspath, paths))
-    twice = [path for path in paths if counts[os.path.abspath(path)] > 1]
+    counts = Counter(os.path.abspath(path) for path, _ in found)
+    twice = [path for path, _ in found if counts[os.path.abspath(path)] > 1]
     if twice:
         raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
-    return paths
+    return dict(found)
+
+
+def _named_manifest(part: str, use: str) -> str | None:
+    if part.endswith(".json"):
+        return part
+    splits = _splits_in(part) if os.path.isdir(part) else {}
+    manifest = splits and splits[_choose_split(part, list(splits), use)][0]
+    return manifest if manifest and is_manifest(manifest) else None
 
 
 def _split_commas(spec: str) -> list[str]:
@@ -85,7 +104,7 @@ def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
 
 
 def _expand_folder(folder: str, allow_missing: bool, use: str) -> list[str]:
-    splits = {Path(path).stem: (path, found) for path, found in manifests_in(folder).items()}
+    splits = _splits_in(folder)
     if not splits:
         return _nothing(folder)
     manifest, found = splits[_choose_split(folder, list(splits), use)]
@@ -96,6 +115,11 @@ def _expand_folder(folder: str, allow_missing: bool, use: str) -> list[str]:
     if not allow_missing:
         _refuse_missing(folder, missing, len(found) + len(missing))
     return sorted([*found, *missing])
+
+
+def _splits_in(folder: str) -> dict[str, tuple[str, list[str]]]:
+    """By name, the path of each split's manifest, there or not, and the shards that are there."""
+    return {Path(path).stem: (path, found) for path, found in manifests_in(folder).items()}
 
 
 def _choose_split(folder: str, splits: list[str], use: str) -> str:
@@ -153,7 +177,7 @@ def _nothing(part: str) -> list[str]:
 def find_validation(train_shard: str) -> str | None:
     """A spec of the validation shards next to a training shard; None if there are none."""
     folder = os.path.dirname(train_shard)
-    splits = {Path(path).stem: (path, found) for path, found in manifests_in(folder).items()}
+    splits = _splits_in(folder)
     split = counterpart(split_of(train_shard), splits)
     if split is None:
         return None
