@@ -10,6 +10,8 @@ UV_VERSION := 0.13.9
 SRC ?= mini-imagenet
 OUT ?= data
 SHARDS_OPTIONS ?=
+# Threads that wait for others sleep: by default they spin, which takes cores from the other tests.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 PYTEST_OPTIONS ?=
 
 .PHONY: help install demo test test-quick torture lint data shards clean
@@ -20,7 +22,7 @@ help:
 	@echo "make data        download timm/mini-imagenet (7 GB)"
 	@echo "make shards      parquet files in SRC=$(SRC) to tar shards in OUT=$(OUT)"
 	@echo "make torture     kill and resume a run dozens of times, compare bit for bit"
-	@echo "make lint        lint and format checks"
+	@echo "make lint        checks of lint, format and types"
 	@echo "make clean       delete the demo's folder"
 
 install: $(INSTALLED)
@@ -49,10 +51,10 @@ demo: $(INSTALLED)
 	@echo "  $(BIN)/wds-convnext train --shards 'data/train-<000..012>.tar'"
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	@$(PYTEST) $(PYTEST_OPTIONS)
 
 test-quick: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 torture: $(INSTALLED)
 	@$(BIN)/python tools/make_sample.py demo/digits
@@ -61,6 +63,7 @@ torture: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 data: $(INSTALLED)
 	@$(BIN)/python tools/download_data.py

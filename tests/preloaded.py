@@ -19,7 +19,10 @@ _context = multiprocessing.get_context("forkserver")
 def run_preloaded(
     arguments: list[str], *, cwd, env: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess:
-    """Call the command line with these arguments, as `subprocess.run` would in a new process."""
+    """Call the command line with these arguments, as `subprocess.run` would in a new process.
+
+    Arguments ["-c", code] run a program instead, as they do for Python.
+    """
     before = dict(os.environ)
     os.environ.update(env)  # OMP_NUM_THREADS counts when torch is imported
     try:
@@ -50,4 +53,10 @@ def _call(arguments: list[str], cwd, env: dict[str, str], printed: list[Path]) -
     os.environ.update(env)
     if cwd is not None:
         os.chdir(cwd)
-    main(arguments)
+    if arguments[0] == "-c":
+        multiprocessing.set_start_method(
+            "fork", force=True
+        )  # a forkserver's child inherits its own
+        exec(compile(arguments[1], "<program>", "exec"), {"__name__": "__main__"})
+    else:
+        main(arguments)

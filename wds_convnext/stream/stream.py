@@ -21,7 +21,7 @@ from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.custom import CustomTransform
-from wds_convnext.stream.loader import Slots, items_of_workers
+from wds_convnext.stream.loader import Slots, items_of_workers, num_workers
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 
 _MAX_REPLACEMENTS = 64
@@ -232,16 +232,18 @@ def _share_of_this_worker(turns: Iterator) -> Iterator:
 
 
 def make_loader(
-    stream: ShardStream | ValidatedStream, *, workers: int, pin_memory: bool = False
+    stream: ShardStream | ValidatedStream, *, workers: int | None = None, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Iterate over a stream's batches, made by `workers` processes (0: in this one).
+    """Iterate over a stream's batches, made by worker processes.
 
     Args:
+        workers: 0 makes them in this process; by default one per CPU core, at most 16.
         pin_memory: whether the tensors are to lie in page-locked memory.
     Raises:
         WdsConvnextError: what a worker met, as it was raised there.
         TrainingError: if a worker process died.
     """
+    workers = num_workers(workers)
     if workers == 0:
         yield from map(partial(_keep, pin_memory=True), stream) if pin_memory else stream
         return
