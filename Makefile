@@ -63,7 +63,6 @@ torture: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
 
 data: $(INSTALLED)
 	@$(BIN)/python tools/download_data.py
