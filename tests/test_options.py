@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import tomllib
 from dataclasses import dataclass, fields
 from functools import partial
@@ -175,7 +176,7 @@ Data:
   --image-size INTEGER  How large.  [default: 224]
 
 Learning:
-  --lr FLOAT RANGE  How fast.  [default: 0.5; x>=0]
+  --lr FLOAT RANGE  How fast.  [default: 0.5; at least 0]
 
 Machine:
   --workers INTEGER         How many.
@@ -450,6 +451,23 @@ def test_an_unknown_recipe_names_those_there_are(name, message):
         recipe_path(name)
 
     assert str(error.value).startswith(message)
+
+
+def examples_in_help() -> list[tuple[str, str]]:
+    return [
+        (name, line)
+        for name, c in commands.commands.items()
+        for line in c.examples.strip().split("\n")
+    ]
+
+
+@pytest.mark.parametrize(("name", "line"), examples_in_help())
+def test_examples_in_the_help_are_command_lines(name, line):
+    program, command, *args = shlex.split(line)
+
+    assert (program, command) == ("wds-convnext", name)
+    assert line in CliRunner().invoke(commands, [name, "-h"]).output
+    commands.commands[name].make_context(name, args)  # raises where click would refuse them
 
 
 def test_the_help_names_every_recipe():

@@ -43,7 +43,15 @@ def commands() -> None:
     """Train image classifiers from WebDataset tar shards."""
 
 
-@commands.command(cls=GroupedCommand)
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext train --shards 'data/train-<000..012>.tar'
+wds-convnext train --shards data/train.json --model convnext_tiny --epochs 100
+wds-convnext train --recipe cifar10 --shards cifar/train.json
+wds-convnext train --resume runs/convnext_base-20261125-101500
+""",
+)
 @add_options(TrainConfig)
 @click.option(
     "--recipe",
@@ -97,7 +105,14 @@ def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     return {name: value for name, value in content.items() if name in unset}
 
 
-@commands.command(name="eval", cls=GroupedCommand)
+@commands.command(
+    name="eval",
+    cls=GroupedCommand,
+    examples="""
+wds-convnext eval
+wds-convnext eval --checkpoint runs/big --shards 'data/test-<000..001>.tar' --json
+""",
+)
 @add_options(EvalConfig)
 def evaluate(**options) -> None:
     """Evaluate a checkpoint on tar shards.
@@ -129,7 +144,13 @@ def evaluate(**options) -> None:
     click.echo(f"loss  {result.loss:.4f}")
 
 
-@commands.command(cls=GroupedCommand)
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext shards mini-imagenet --out data
+wds-convnext shards photos.parquet --out data --label-column species --on-bad skip
+""",
+)
 @click.argument("src")
 @add_options(ShardsConfig)
 def shards(src: str, **options) -> None:
@@ -143,7 +164,13 @@ def shards(src: str, **options) -> None:
     click.echo(convert(src, ShardsConfig(**options)))
 
 
-@commands.command(cls=GroupedCommand)
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext verify data
+wds-convnext verify data --against mini-imagenet
+""",
+)
 @click.argument("shards")
 @add_options(VerifyConfig)
 def verify(shards: str, **options) -> None:
@@ -162,7 +189,13 @@ def verify(shards: str, **options) -> None:
     sys.exit(1 if report.problems else 0)
 
 
-@commands.command(cls=GroupedCommand)
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext inspect data --sheet sheet.png
+wds-convnext inspect 'data/train-<000..012>.tar' --shuffle-buffer 10000
+""",
+)
 @click.argument("shards")
 @add_options(InspectConfig)
 def inspect(shards: str, **options) -> None:
@@ -181,7 +214,12 @@ def inspect(shards: str, **options) -> None:
         click.echo("\n".join(line for summary in summaries for line in summary.lines()))
 
 
-@commands.command(cls=GroupedCommand)
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext bench data/train.json --target-images-per-s 2000
+""",
+)
 @click.argument("shards")
 @add_options(BenchConfig)
 def bench(shards: str, **options) -> None:
@@ -197,7 +235,13 @@ def bench(shards: str, **options) -> None:
     click.echo(json.dumps(report.to_json()) if config.json else "\n".join(report.lines()))
 
 
-@commands.command(cls=GroupedCommand)
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext index others/
+wds-convnext index others/ --label-field class_id --class-names names.txt
+""",
+)
 @click.argument("shards")
 @add_options(IndexConfig)
 def index(shards: str, **options) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import Field, asdict, fields
 from importlib import resources
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import click
@@ -81,6 +82,12 @@ class ConfigOption(GroupedOption):
         super().__init__(*args, **kwargs)
         self.spec = spec
 
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        if "range" in extra:
+            extra["range"] = _range_in_words(self.type)
+        return {name: text for name, text in extra.items() if text}
+
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         try:
             return super().type_cast_value(ctx, value)
@@ -91,12 +98,31 @@ class ConfigOption(GroupedOption):
             raise UsageError(refusal(self.spec, value, where)) from None
 
 
+def _range_in_words(kind: click.IntRange | click.FloatRange) -> str:
+    """ "8 to 4096", "at least 1", "more than 0"; nothing where the range is a formality."""
+    low, high = kind.min, kind.max
+    if high is None:
+        return f"{'more than' if kind.min_open else 'at least'} {low}"
+    if high > 2**31:
+        return ""
+    return f"{low} to {f'less than {high}' if kind.max_open else high}"
+
+
 class GroupedCommand(click.Command):
-    """A command whose help lists its options under their headings.
+    """A command whose help lists its options under their headings, and its examples last.
 
     Environment variables with its prefix are named where they take effect, and refused where they
     mean nothing.
     """
+
+    def __init__(self, *args, examples: str = "", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write(indent(self.examples.strip(), "  ") + "\n")
 
     def invoke(self, ctx: click.Context) -> Any:
         check_environment(ctx)
@@ -106,7 +132,7 @@ class GroupedCommand(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):  # the text has the rest
                 groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
         groups["Other"] = groups.pop("Other", [])  # last
         for group, records in groups.items():
