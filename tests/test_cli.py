@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CLASS_NAMES, HANG_S, TINY_RUN, write_parquet
+from conftest import CLASS_NAMES, HANG_S, TINY_RUN, sample_members, write_parquet, write_tar
 
 from wds_convnext.cli import main
 from wds_convnext.conversion import convert
@@ -165,6 +165,45 @@ def test_eval_of_another_data_set_is_refused(capsys, finished, tmp_path):
 
     assert code == 2
     assert "its 3 classes are not the 4" in err
+
+
+def test_a_folder_of_raw_shards_trains_and_evaluates(capsys, tmp_path):
+    """Its training and its validation split, though neither has a label of each class.
+
+    Nothing names the classes, so each split's labels count, and the test split is left alone.
+    """
+    members = sample_members(8)
+    write_tar(tmp_path / "train-000.tar", members[4:])  # labels 2, 3, 0, 1, …
+    write_tar(tmp_path / "valid-000.tar", [*members[:6], ("9.jpg", members[0][1]), ("9.cls", b"4")])
+    write_tar(tmp_path / "test-000.tar", members[:4])
+    options = {"--shards": tmp_path, "--epochs": 1}
+
+    trained, out, _ = call(capsys, *train_args(tmp_path, tmp_path / "run", **options))
+    shards = {"folder": tmp_path, "test": tmp_path / "test-000.tar"}
+    results = {
+        name: call(capsys, "eval", "--checkpoint", tmp_path / "run", "--shards", spec, "--json")
+        for name, spec in shards.items()
+    }
+
+    assert trained == 0
+    assert "5 classes" in out
+    assert [json.loads(out)["split"] for _, out, _ in results.values()] == ["valid", "test"]
+    assert [json.loads(out)["num_samples"] for _, out, _ in results.values()] == [4, 2]
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://b/x", "hf://datasets/x", "host:/x"])
+@pytest.mark.parametrize(
+    "args", [["train", "--out"], ["shards", "in", "--out"], ["inspect", "in", "--sheet"]]
+)
+def test_what_cannot_be_written_to_is_refused(capsys, tmp_path, monkeypatch, args, url):
+    """A URL never becomes a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+
+    code, _, err = call(capsys, *args, url)
+
+    assert code == 2
+    assert f"{args[-1]} {url}: expected a local path" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_eval_of_a_damaged_checkpoint_is_refused(capsys, finished, tmp_path):

@@ -144,7 +144,7 @@ def test_a_missing_shard_is_named(data, spec):
 
     problems = problems_of(data / spec)
 
-    assert problems == [f"{data}/train-001.tar: missing. Copy it again, or run make shards"]
+    assert problems == [f"{data}/train-001.tar: missing. Copy it again, or write it again"]
 
 
 def test_all_shards_missing_is_a_problem_of_the_folder(data):

@@ -251,7 +251,7 @@ def test_another_number_of_samples_than_the_manifests_is_refused(tmp_path, num_s
 
     assert str(error.value) == (
         f"{shard}: it has 4 samples, expected {num_samples}. "
-        "Delete the .idx next to it, or run make shards."
+        "Delete the .idx next to it, or write the shard again."
     )
 
 
@@ -280,7 +280,7 @@ def test_a_missing_shard_is_named(tmp_path):
     reader = SampleReader(dataset)
     reader.will_read(0)
 
-    with pytest.raises(ShardError, match=r"000.tar: No such file or directory. Run make shards"):
+    with pytest.raises(ShardError, match=r"000.tar: No such file or directory. Copy it again"):
         reader.read(0)
 
 

@@ -371,9 +371,9 @@ def remove(dataset: Dataset) -> None:
             cut,
             ShardError,
             "{}: 1,000 bytes, but its manifest says 10,240. The shard is cut short or another "
-            "file: copy it again, or run make shards.",
+            "file: copy it again, or write it again.",
         ),
-        (remove, ShardError, "{}: No such file or directory. Run make shards."),
+        (remove, ShardError, "{}: No such file or directory. Copy it again."),
     ],
 )
 def test_an_error_of_a_worker_arrives_as_itself(

@@ -23,6 +23,7 @@ from wds_convnext.conversion.staging import read_bad_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
+from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import read_samples
@@ -77,8 +78,8 @@ def compare_with_input(
     """
     names = split.manifest.class_names
     stated = source.parts[0].columns.class_names
-    if stated not in (None, names):
-        what = f"its class names are not those of {source.parts[0].path}. Run make shards"
+    if stated and (difference := class_difference(names, stated)):
+        what = f"its class names are not those of {source.parts[0].path}: {difference}"
         return [Problem(split.manifest_path, what)], []
     left_out = [row for row in _rows_left_out(split) if row in range(source.num_rows)]
 

@@ -145,7 +145,7 @@ def inspect(
     sheet = config.sheet
     if _names_parquet(spec):
         if sheet is not None:
-            raise UsageError("--sheet is drawn from shards. Run make shards first.")
+            raise UsageError("--sheet is drawn from shards. Write shards first.")
         return [summarise_parquet(name, paths) for name, paths in find_splits(spec).items()]
     splits = find_shard_splits(spec)
     if sheet is not None and len(splits) > 1:
@@ -197,7 +197,7 @@ def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, 
     if split.manifest_error:
         raise split.manifest_error
     if not split.paths:
-        raise ShardError(f"{split.manifest_path}: names no shard. Run make shards.")
+        raise ShardError(f"{split.manifest_path}: lists no shard. Write the shards again.")
     manifest, listed = split.manifest, split.listed
     field_name = manifest.label_field if manifest else "label"
     tasks = [(listed.get(path, Shard(path, -1)), field_name) for path in split.paths]

@@ -147,19 +147,19 @@ def _compare_listing(split: ShardSplit) -> tuple[list[Problem], list[str]]:
         return [Problem.of(split.manifest_path, split.manifest_error)], []
     problems, notes = [], []
     if split.is_interrupted:
-        what = "none, and the conversion was interrupted. Run the same make shards again"
+        what = "none, and the conversion was interrupted. Run the same conversion again"
         problems.append(Problem(split.manifest_path, what))
     elif split.manifest is None:
         notes.append("no manifest, so sizes and checksums were not compared (wds-convnext index)")
     listed = split.listed
     problems += [
-        Problem(path, "missing. Copy it again, or run make shards")
+        Problem(path, "missing. Copy it again, or write it again")
         for path in sorted({*listed, *split.paths} - set(split.present))
         if not os.path.isfile(path)
     ]
     if split.manifest:
         if len(listed) < len(split.manifest.shards):
-            problems.append(Problem(split.manifest_path, "lists a shard twice. Run make shards"))
+            problems.append(Problem(split.manifest_path, "lists a shard twice. Write it again"))
         problems += [
             Problem(path, f"not listed in {split.manifest_path}. Move it away")
             for path in split.paths

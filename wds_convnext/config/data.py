@@ -24,7 +24,7 @@ from wds_convnext.errors import UsageError
 class ShardsConfig(Config):
     """How parquet files become tar shards."""
 
-    out: str = option("data", "Folder for the shards.", group="Output")
+    out: str = option("data", "Folder for the shards.", group="Output", is_output=True)
     num_shards: int | None = option(
         None, "Shards per split. Default: one per input file.", group="Output", type=COUNT
     )
@@ -103,7 +103,10 @@ class InspectConfig(Config):
     )
     seed: int = option(0, "Seed of the order.", group="Label mix", type=SEED)
     sheet: str | None = option(
-        None, "Draw a contact sheet, a row of images per class, to this PNG file.", group="Output"
+        None,
+        "Draw a contact sheet, a row of images per class, to this PNG file.",
+        group="Output",
+        is_output=True,
     )
     json: bool = option(False, "Print one JSON object.", group="Output")
     jobs: int | None = option(

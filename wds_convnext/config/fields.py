@@ -59,9 +59,22 @@ IMAGE_SIZE = click.IntRange(8, 4096)
 _PLAIN_TYPES = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
 
 
-def option(default: Any, help: str, *, group: str, type: Any = None, flag_value=None) -> Any:
-    """A dataclass field that is also a click option."""
-    metadata = {"help": help, "group": group, "type": type, "flag_value": flag_value}
+def option(
+    default: Any, help: str, *, group: str, type: Any = None, flag_value=None, is_output=False
+) -> Any:
+    """A dataclass field that is also a click option.
+
+    Args:
+        is_output: something is written to the path that it holds. A URL is refused: without that,
+            `s3://bucket/run` would be a folder `s3:` in the working directory.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "type": type,
+        "flag_value": flag_value,
+        "is_output": is_output,
+    }
     return field(default=default, metadata=metadata, kw_only=True)
 
 
@@ -124,7 +137,10 @@ def check_value(spec: Field, value: Any, where: str) -> Any:
     try:
         if isinstance(kind, ByteSize) and isinstance(value, str):
             return kind.convert(value, None, None)
-        return kind.convert(_CASTS[plain](value), None, None)
+        value = kind.convert(_CASTS[plain](value), None, None)
+        if spec.metadata["is_output"] and re.match(r"[A-Za-z][\w.+@-]+:/", value):
+            raise ValueError(value)
+        return value
     except (TypeError, ValueError, OverflowError, click.BadParameter):
         raise UsageError(refusal(spec, value, where)) from None
 
@@ -146,6 +162,8 @@ def expectation(spec: Field) -> str:
     kind = value_type(spec)
     if isinstance(kind, ByteSize):
         return "a size, e.g. 500MB"
+    if spec.metadata["is_output"]:
+        return "a local path, since nothing is written to remote stores. Copy it there afterwards"
     if isinstance(kind, click.Choice):
         return f"{', '.join(kind.choices[:-1])} or {kind.choices[-1]}"
     if isinstance(kind, click.IntRange | click.FloatRange):

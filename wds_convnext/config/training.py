@@ -199,7 +199,9 @@ class TrainConfig(Config):
         group="Run",
         type=SEED,
     )
-    out: str | None = option(None, "Folder of the run. Default: runs/<model>-<time>.", group="Run")
+    out: str | None = option(
+        None, "Folder of the run. Default: runs/<model>-<time>.", group="Run", is_output=True
+    )
     log_every: int = option(20, "Steps between log lines.", group="Run", type=COUNT)
     val_every: int = option(
         10,

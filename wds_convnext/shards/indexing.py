@@ -91,7 +91,7 @@ def index_records(task: tuple[Shard, str], count: Callable[[int, int], None]) ->
     if shard.num_samples not in (-1, len(samples)):
         raise ShardError(
             f"{shard.path}: it has {len(samples)} samples, expected {shard.num_samples}. "
-            "Delete the .idx next to it, or run make shards."
+            "Delete the .idx next to it, or write the shard again."
         )
     records = bytearray()
     for sample in scan_shard(shard.path, samples, label_field=label_field):

@@ -145,7 +145,7 @@ class SampleReader:
         if not 0 <= label < num_classes:
             raise ShardError(
                 f"{self._name(number)}: label {label} is outside the {num_classes:,} classes. "
-                "Run make shards again."
+                "Copy the shards and their manifest again, or write them again."
             )
         _, sample = self.dataset.locate(number)
         if record.flags & HAS_CHECKSUM and checksum(image, label, sample) != record.checksum:
@@ -191,7 +191,7 @@ def open_shard(shard: Shard) -> int:
     try:
         file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise ShardError(f"{shard.path}: {error.strerror}. Run make shards.") from None
+        raise ShardError(f"{shard.path}: {error.strerror}. Copy it again.") from None
     try:
         refuse_size(shard, os.fstat(file).st_size)
     except ShardError:
