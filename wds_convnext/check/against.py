@@ -55,7 +55,7 @@ def find_inputs(source: str, splits: list[ShardSplit]) -> dict[str, ParquetSplit
                 f"--against {source}: holds the splits {', '.join(files)}, not {split.name}. "
                 "Name the folder that was converted, or fewer shards."
             )
-        image, label = split.manifest.options.get("columns", (None, None))
+        image, label = split.manifest.options.get("columns") or (None, None)
         inputs[split.name] = open_split(split.name, files[split.name], image=image, label=label)
     return inputs
 
@@ -63,8 +63,8 @@ def find_inputs(source: str, splits: list[ShardSplit]) -> dict[str, ParquetSplit
 def splits_without_shards(source: str, splits: list[ShardSplit]) -> dict[str, int]:
     """The labelled splits of the input that are not among those of the shards, and their rows."""
     there = {split.name for split in splits}
-    manifests = [split.manifest for split in splits if split.manifest]
-    image, label = manifests[0].options.get("columns", (None, None)) if manifests else (None, None)
+    stated = [split.manifest.options.get("columns") for split in splits if split.manifest]
+    image, label = next(filter(None, stated), (None, None))
     opened, _ = open_splits(source, image=image, label=label)
     return {split.name: split.num_rows for split in opened if split.name not in there}
 

@@ -4,11 +4,10 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wds_convnext.conversion.columns import find_columns
-from wds_convnext.conversion.parquet import unreadable
+from wds_convnext.conversion.parquet import UNREADABLE, unreadable
 from wds_convnext.errors import UsageError, printable
 
 
@@ -82,16 +81,17 @@ def summarise_parquet(split: str, paths: list[str]) -> ParquetSummary:
         try:
             with pq.ParquetFile(path) as file:
                 metadata, schema = file.metadata, schema or file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
+            names_and_types = tuple((column.name, str(column.type)) for column in schema)
+            created_by[metadata.created_by or "unknown"] += 1
+            for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+                group_rows.append(group.num_rows)
+                for column in (group.column(i) for i in range(group.num_columns)):
+                    kind = column.path_in_schema, column.physical_type, column.compression
+                    sizes = column.total_compressed_size, column.total_uncompressed_size
+                    before = leaves.get(kind, (0, 0))
+                    leaves[kind] = (before[0] + sizes[0], before[1] + sizes[1])
+        except UNREADABLE as error:
             raise unreadable(path, error) from None
-        created_by[metadata.created_by or "unknown"] += 1
-        for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-            group_rows.append(group.num_rows)
-            for column in (group.column(i) for i in range(group.num_columns)):
-                kind = column.path_in_schema, column.physical_type, column.compression
-                sizes = column.total_compressed_size, column.total_uncompressed_size
-                before = leaves.get(kind, (0, 0))
-                leaves[kind] = (before[0] + sizes[0], before[1] + sizes[1])
     try:
         columns = find_columns(paths[0], schema)
     except UsageError:
@@ -102,7 +102,7 @@ def summarise_parquet(split: str, paths: list[str]) -> ParquetSummary:
         num_rows=sum(group_rows),
         num_bytes=sum(map(os.path.getsize, paths)),
         group_rows=tuple(group_rows),
-        schema=tuple((column.name, str(column.type)) for column in schema),
+        schema=names_and_types,
         leaves=tuple(LeafColumn(*kind, *sizes) for kind, sizes in leaves.items()),
         image_and_label=columns and (columns.image, columns.label),
         class_names=columns and columns.class_names,

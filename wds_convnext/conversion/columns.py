@@ -6,12 +6,12 @@ candidates. A column of bytes that is the only one holds the images; a number or
 only one may be an identifier or a caption, so it is never taken for the label.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from wds_convnext.door import parse_json
 from wds_convnext.errors import UsageError, did_you_mean
 
 # In order of preference.
@@ -70,15 +70,16 @@ def find_columns(
         image,
         pa.types.is_struct(schema.field(image).type),
         label,
-        tuple(map(str, names)) if names else None,
+        tuple(map(str, names)) if names and isinstance(names, list) else None,
     )
 
 
 def _features(schema: pa.Schema) -> dict:
     try:
-        stated = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        shape = {"info": {"features": {}}}
+        stated = parse_json((schema.metadata or {})[b"huggingface"], shape)["info"]["features"]
         return {name: feature for name, feature in stated.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError):
         return {}
 
 

@@ -17,6 +17,10 @@ import pyarrow.parquet as pq
 from wds_convnext.conversion.columns import Columns, find_columns
 from wds_convnext.errors import DataError
 
+# What pyarrow raises on damaged files. Names in a footer need not be text.
+UNREADABLE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError)
+_MUCH, _MAX_RATIO = 1 << 26, 200  # bytes; how much smaller encoded images can be packed
+
 
 @dataclass(frozen=True)
 class ParquetPart:
@@ -99,22 +103,30 @@ def _open_part(path: str, image: str | None, label: str | None) -> ParquetPart:
             footer_bytes = int.from_bytes(file.read(4), "little")
             file.seek(-8 - footer_bytes, os.SEEK_END)
             footer = hashlib.sha256(file.read()).hexdigest()
-    except (pa.ArrowException, OSError) as error:
+        columns = find_columns(path, schema, image=image, label=label)
+        leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        leaf = leaves.index(columns.leaves[0])
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        group_rows = tuple(group.num_rows for group in groups)
+        chunks = [group.column(leaf) for group in groups]
+        group_bytes = tuple(chunk.total_uncompressed_size for chunk in chunks)
+    except UNREADABLE as error:
         raise unreadable(path, error) from None
-    columns = find_columns(path, schema, image=image, label=label)
-    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaf = leaves.index(columns.leaves[0])
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return ParquetPart(
-        path,
-        columns,
-        tuple(group.num_rows for group in groups),
-        tuple(group.column(leaf).total_uncompressed_size for group in groups),
-        footer,
-    )
+    if min(group_rows, default=0) < 0 or sum(group_rows) != metadata.num_rows:
+        raise unreadable(
+            path, f"its footer states {metadata.num_rows:,} rows and {sum(group_rows):,} in groups"
+        )
+    for chunk in chunks:
+        if chunk.total_uncompressed_size > _MUCH + _MAX_RATIO * chunk.total_compressed_size:
+            raise unreadable(
+                path,
+                f"{chunk.total_compressed_size:,} bytes of images unpack to "
+                f"{chunk.total_uncompressed_size:,}, as no encoded images do",
+            )
+    return ParquetPart(path, columns, group_rows, group_bytes, footer)
 
 
-def unreadable(path: str, error: Exception) -> DataError:
+def unreadable(path: str, error: Exception | str) -> DataError:
     """The error to raise for a parquet file that cannot be read."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(f"{path}: not readable as parquet ({reason}). Download it again.")

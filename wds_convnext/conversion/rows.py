@@ -10,10 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wds_convnext.conversion.columns import Columns
-from wds_convnext.conversion.parquet import ParquetPart, ParquetSplit, unreadable
+from wds_convnext.conversion.parquet import UNREADABLE, ParquetPart, ParquetSplit, unreadable
 
 UNLABELLED = -1  # stands for a null, negative or unknown label
 _BATCH_BYTES = 2 << 20  # image bytes held at a time
+# Rows held at a time: of a dictionary of large values a footer states each but once.
+_MAX_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def _read_part(part: ParquetPart, leaves, first: int, last: int, batch_size: int
     row = group_starts[groups[0]]
     if batch_size is None:
         average_bytes = max(1, sum(part.group_bytes) // part.num_rows)
-        batch_size = min(max(1, _BATCH_BYTES // average_bytes), 4096)
+        batch_size = min(max(1, _BATCH_BYTES // average_bytes), _MAX_BATCH)
     try:
         # A buffered stream and no pre-buffering: otherwise a whole row group is held at once.
         with pq.ParquetFile(part.path, buffer_size=1 << 20, pre_buffer=False) as file:
@@ -70,8 +72,11 @@ def _read_part(part: ParquetPart, leaves, first: int, last: int, batch_size: int
                 if begin < end:
                     yield row + begin, batch.slice(begin, end - begin)
                 row += len(batch)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise unreadable(part.path, error) from None
+    stop = group_starts[groups[-1] + 1]
+    if row != stop:
+        raise unreadable(part.path, f"it has {row:,} rows where its footer states {stop:,}")
 
 
 def _image_views(column: pa.Array, columns: Columns) -> list[memoryview | None]:

@@ -25,6 +25,7 @@ from wds_convnext.shards.index import SampleIndex
 from wds_convnext.shards.indexing import find_index
 from wds_convnext.shards.naming import split_of
 from wds_convnext.shards.reader import SampleReader
+from wds_convnext.shards.scan import MAX_CLASSES
 from wds_convnext.shards.spec import (
     MANIFEST_FORMAT,
     Shard,
@@ -298,6 +299,11 @@ def _with_index(
     dataset = replace(dataset, shards=shards, index=index)
     if not wholes:
         num_classes = int(dataset.labels.max(initial=-1)) + 1
+        if num_classes > MAX_CLASSES:  # as only a damaged index can say
+            path = index.places[0][0].path
+            raise ShardError(
+                f"{path}: a label of {num_classes - 1:,}. Delete it, it is made again."
+            )
         names = tuple(map(str, range(num_classes)))
         dataset = replace(dataset, class_names=names, is_counted=True)
     return dataset

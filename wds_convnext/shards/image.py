@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from wds_convnext.shards.jpeg import has_jpeg_end, read_jpeg_header
 from wds_convnext.shards.limits import (
     CONVERSION_LIMITS,
+    MAX_BYTES,
     MAX_PIXELS,
     PILLOW_BYTES,
     ImageError,
@@ -56,6 +57,8 @@ def inspect_image(data: bytes | memoryview) -> ImageFacts:
     Raises:
         ImageError: why the image is unusable, in a few words.
     """
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"too large: {len(data):,} bytes, the limit is {MAX_BYTES:,}")
     if (jpeg := read_jpeg_header(data)) is not None:
         is_turned = jpeg.exif is not None and _is_turned(data[jpeg.exif])
         return _describe("jpg", jpeg.mode, jpeg.width, jpeg.height, is_turned=is_turned)

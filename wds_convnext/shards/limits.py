@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from wds_convnext.errors import DataError
 
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses an image as a decompression bomb
+MAX_BYTES = 1 << 30  # of one encoded image
 PILLOW_BYTES = 14  # a pixel, to decode it: as stored, as RGB in 4 bytes, and two arrays of 3
 
 

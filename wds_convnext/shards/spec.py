@@ -9,6 +9,12 @@ from wds_convnext.errors import ShardError
 from wds_convnext.shards.naming import find_files, split_of
 
 MANIFEST_FORMAT = "wds_convnext 1"
+
+
+def _check_pair(value) -> str:
+    return "" if isinstance(value, list) and len(value) == 2 else "columns of image and label"
+
+
 _SHARD = {"url": base_name, "nsamples": count, "filesize?": count, "sha256?": text}
 _MANIFEST = {
     "format?": lambda value: "" if value == MANIFEST_FORMAT else repr(MANIFEST_FORMAT),
@@ -17,7 +23,7 @@ _MANIFEST = {
     "name?": text,
     "split?": text,
     "source?": [text],
-    "options?": {"label_field?": text, "columns?": [text]},
+    "options?": {"label_field?": text, "columns?": _check_pair},
 }
 
 
