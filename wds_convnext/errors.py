@@ -60,6 +60,12 @@ def listing(names: Iterable[str], *, limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def sentence(reason: object) -> str:
+    """A reason with its full stop, so that advice may follow."""
+    text = str(reason)
+    return text if text.endswith(".") else f"{text}."
+
+
 def did_you_mean(word: str, known: Iterable[str], *, limit: int = 3) -> str:
     """A sentence naming the known words nearest to `word`, or "" if none is near."""
     near = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)

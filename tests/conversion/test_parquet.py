@@ -15,7 +15,8 @@ from wds_convnext.conversion.opening import find_class_names
 from wds_convnext.conversion.parquet import open_split
 from wds_convnext.conversion.rows import UNLABELLED, read_rows
 from wds_convnext.conversion.sources import find_splits, split_of
-from wds_convnext.errors import DataError, UsageError
+from wds_convnext.errors import DataError, ShardError, UsageError
+from wds_convnext.shards.tar import read_tar
 
 
 def rows_of(split, class_names=CLASS_NAMES, start=0, stop=None):
@@ -304,6 +305,25 @@ def test_splits_that_disagree_on_class_names_are_an_error(tmp_path):
 
     with pytest.raises(DataError, match="class names differ"):
         find_class_names(splits)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
+        (b"<!DOCTYPE html>\n<html>403</html>", "an HTML page"),
+        (b"\x1f\x8b\x08\0rows", "gzip-compressed data"),
+    ],
+)
+def test_what_stands_in_place_of_a_download_is_named(tmp_path, content, what):
+    """For parquet files and for tars alike."""
+    (tmp_path / "train.parquet").write_bytes(content)
+    (tmp_path / "train-000.tar").write_bytes(content + bytes(1024))
+
+    with pytest.raises(DataError, match=f"train.parquet: not a parquet file, but {what}"):
+        open_split("train", [str(tmp_path / "train.parquet")])
+    with pytest.raises(ShardError, match=f"train-000.tar: not a tar file, but {what}"):
+        read_tar(str(tmp_path / "train-000.tar"))
 
 
 def test_what_is_not_parquet_is_an_error(tmp_path):

@@ -35,7 +35,7 @@ from wds_convnext.conversion.passes import (
 from wds_convnext.conversion.report import SplitReport, kind_of
 from wds_convnext.conversion.scatter import Scatter
 from wds_convnext.conversion.staging import Staging, read_bad_rows
-from wds_convnext.errors import DataError
+from wds_convnext.errors import DataError, sentence
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -216,7 +216,7 @@ class Conversion:
             raise DataError(
                 f"{self.split.name}: {len(self.bad):,} of {self.split.num_rows:,} rows are "
                 f"unusable, the first is row {first['row_in_file']} of {first['file']}: "
-                f"{first['reason']}. All are listed in {listing}. "
+                f"{sentence(first['reason'])} All are listed in {listing}. "
                 "Mend them, or leave them out with --on-bad skip."
             )
 

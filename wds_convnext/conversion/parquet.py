@@ -3,6 +3,7 @@
 `sources` finds the files of each split, `columns` where images and labels stand in them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from wds_convnext.conversion.columns import Columns, find_columns
 from wds_convnext.errors import DataError
+from wds_convnext.shards.sniff import sniff
 
 # What pyarrow raises on damaged files. Names in a footer need not be text.
 UNREADABLE = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError)
@@ -128,5 +130,9 @@ def _open_part(path: str, image: str | None, label: str | None) -> ParquetPart:
 
 def unreadable(path: str, error: Exception | str) -> DataError:
     """The error to raise for a parquet file that cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(64)
+        if not head.startswith(b"PAR1") and (other := sniff(head)):
+            return DataError(f"{path}: not a parquet file, but {other[0]}. {other[1]}.")
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return DataError(f"{path}: not readable as parquet ({reason}). Download it again.")

@@ -19,6 +19,7 @@ from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.image import ImageSurvey, inspect_image
 
 NO_IMAGE = "its image is null"
+NO_BYTES = "its image is null, or a path without bytes: write the files' bytes into the column"
 NO_LABEL = "its label is null or not a class"
 Count = Callable[[int, int], None]
 
@@ -48,6 +49,7 @@ class Findings:
 
 def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]:
     """Row number, image, label and extension of each usable row; the others go to `findings`."""
+    columns = rows.split.parts[0].columns
     for batch in read_rows(rows.split, rows.class_names, rows.start, rows.stop):
         num_bytes = 0
         for row, (image, label) in enumerate(
@@ -59,7 +61,7 @@ def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]
                 if label == UNLABELLED:
                     raise DataError(NO_LABEL)
                 if image is None:
-                    raise DataError(NO_IMAGE)
+                    raise DataError(NO_BYTES if columns.image_is_struct else NO_IMAGE)
                 facts = inspect_image(image)
                 if rows.decode:
                     decode_rgb(bytes(image))  # as training will

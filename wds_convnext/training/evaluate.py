@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wds_convnext.config import EvalConfig
-from wds_convnext.errors import CheckpointError, DataError, UsageError
+from wds_convnext.errors import CheckpointError, DataError, UsageError, sentence
 from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
@@ -145,7 +145,8 @@ class Evaluation:
             if num_bad > allowed:
                 bad = batch.bad_samples[0]
                 raise DataError(
-                    f"{bad['shard']}, key {bad['key']}: {bad['reason']} Write the shard again, or "
+                    f"{bad['shard']}, key {bad['key']}: {sentence(bad['reason'])} "
+                    "Write the shard again, or "
                     "leave such samples out of the result with --max-bad-samples."
                 )
             yield batch

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from wds_convnext.errors import TrainingError
+from wds_convnext.errors import TrainingError, sentence
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.distributed import StopRequest, StopVote
 from wds_convnext.training.log import RunLog, Stopwatch
@@ -166,7 +166,8 @@ def _account_for_bad_samples(run: "Run", log: RunLog) -> None:
         raise TrainingError(
             f"{account.count} samples of this epoch do not decode, more than "
             f"--max-bad-samples {config.max_bad_samples:g} of {run.order.num_samples} allows; the "
-            f"last is {last['shard']}, key {last['key']}: {last['reason']} See bad_samples.jsonl."
+            f"last is {last['shard']}, key {last['key']}: {sentence(last['reason'])} "
+            "See bad_samples.jsonl."
         )
 
 

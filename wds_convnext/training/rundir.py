@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.errors import CheckpointError, UsageError, sentence
 from wds_convnext.files import replacing, sync_folder, temporary_name, write_atomically
 from wds_convnext.options import format_toml
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -288,7 +288,7 @@ def load_newest(folder: str | os.PathLike, *, warn: Callable) -> dict[str, Any]:
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
-            warn(f"{error} Trying the one before it.")
+            warn(f"{sentence(error)} Trying the one before it.")
     raise CheckpointError(
         f"{folder}: holds no whole checkpoint to resume from. "
         "Start from scratch with --overwrite, or in another folder with --out."
