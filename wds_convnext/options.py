@@ -12,12 +12,14 @@ from dataclasses import Field, asdict, fields
 from importlib import resources
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.types import OptionHelpExtra
 
 from wds_convnext.config.fields import (
+    Config,
     FiniteRange,
     check_value,
     flag_of,
@@ -34,11 +36,13 @@ LAYERS = ("recipe", "config")
 # Where a run is written and whether it replaces another: no file may say so.
 PER_CALL = ("out", "resume", "overwrite")
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 
-def add_options(config_class: type) -> Callable:
+
+def add_options(config_class: type[Config]) -> Callable[[Command], Command]:
     """A decorator that gives a click command one option per field of a config dataclass."""
 
-    def decorate(command):
+    def decorate(command: Command) -> Command:
         for spec in reversed(fields(config_class)):
             command = _click_option(spec)(command)
         return command
@@ -46,8 +50,8 @@ def add_options(config_class: type) -> Callable:
     return decorate
 
 
-def _click_option(spec: Field) -> Callable:
-    settings = {
+def _click_option(spec: Field) -> Callable[[Command], Command]:
+    settings: dict[str, Any] = {
         "help": spec.metadata["help"],
         "default": spec.default,
         "show_default": spec.default is not None and spec.default is not False,
@@ -70,7 +74,7 @@ def _click_option(spec: Field) -> Callable:
 class GroupedOption(click.Option):
     """An option that knows under which heading of the help it stands."""
 
-    def __init__(self, *args, group: str = "Options", **kwargs):
+    def __init__(self, *args: Any, group: str = "Options", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.group = group
 
@@ -78,15 +82,17 @@ class GroupedOption(click.Option):
 class ConfigOption(GroupedOption):
     """An option for a config's field, which refuses a value in the config's own words."""
 
-    def __init__(self, *args, spec: Field, **kwargs):
+    def __init__(self, *args: Any, spec: Field, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.spec = spec
 
-    def get_help_extra(self, ctx: click.Context) -> Any:
+    def get_help_extra(self, ctx: click.Context) -> OptionHelpExtra:
         extra = super().get_help_extra(ctx)
-        if "range" in extra:
-            extra["range"] = _range_in_words(self.type)
-        return {name: text for name, text in extra.items() if text}
+        if isinstance(self.type, click.IntRange | click.FloatRange):
+            extra.pop("range", None)
+            if words := _range_in_words(self.type):
+                extra["range"] = words
+        return extra
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         try:
@@ -115,7 +121,7 @@ class GroupedCommand(click.Command):
     mean nothing.
     """
 
-    def __init__(self, *args, examples: str = "", **kwargs):
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.examples = examples
 
@@ -178,10 +184,12 @@ def check_environment(ctx: click.Context) -> None:
         warn(f"From the environment: {' '.join(used)}")
 
 
-def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:
+def toml_layer(
+    config_class: type[Config], path_of: Callable[[str], Path]
+) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
     """A callback for an eager option, named as in LAYERS, whose value leads to a TOML file."""
 
-    def callback(ctx: click.Context, parameter: click.Parameter, value: str | None):
+    def callback(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
         if value is not None:
             layers = ctx.meta.setdefault("wds_convnext.layers", {})
             layers[parameter.name] = read_toml(path_of(value), config_class)
@@ -193,7 +201,7 @@ def toml_layer(config_class: type, path_of: Callable[[str], Path]) -> Callable:
     return callback
 
 
-def read_toml(path: Path, config_class: type) -> dict[str, Any]:
+def read_toml(path: Path, config_class: type[Config]) -> dict[str, Any]:
     """The options in a TOML file that a user wrote.
 
     Raises:
@@ -211,7 +219,9 @@ def read_toml(path: Path, config_class: type) -> dict[str, Any]:
     return _check_values(path, content, specs)
 
 
-def read_run_toml(path: Path, config_class: type, *, warn: Callable[[str], None]) -> dict[str, Any]:
+def read_run_toml(
+    path: Path, config_class: type[Config], *, warn: Callable[[str], None]
+) -> dict[str, Any]:
     """The options in a run's config.toml, which an older or a newer version may have written.
 
     What this version does not know is left out with a warning; so is what is of one call.
@@ -259,7 +269,7 @@ def recipe_path(name: str) -> Path:
     return folder / f"{name}.toml"
 
 
-def format_toml(config) -> str:
+def format_toml(config: Config) -> str:
     """A config as TOML that `--config` reads back; options that are None are left out."""
     lines = []
     for name, value in asdict(config).items():

@@ -11,15 +11,21 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from multiprocessing import get_context, parent_process
+from multiprocessing.sharedctypes import SynchronizedArray
+from typing import TypeVar
 
 from wds_convnext.errors import WdsConvnextError
 from wds_convnext.progress import Progress
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Count = Callable[[int, int], None]  # called with the units and bytes that have been dealt with
+
 _POLL_S = 0.2
-_worker_count = None  # in a worker process: adds to the counters that the parent displays
+_worker_count: Count  # in a worker process: adds to the counters that the parent displays
 
 
-class Workers(AbstractContextManager):
+class Workers(AbstractContextManager["Workers"]):
     """A few processes that run tasks; with one job, this process.
 
     Args:
@@ -33,7 +39,13 @@ class Workers(AbstractContextManager):
         self._on_start = on_start
         self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, function: Callable, tasks: Sequence, *, progress: Progress) -> list:
+    def run(
+        self,
+        function: Callable[[Task, Count], Result],
+        tasks: Sequence[Task],
+        *,
+        progress: Progress,
+    ) -> list[Result]:
         """The result of `function(task, count)` for each task, in order.
 
         Args:
@@ -55,7 +67,9 @@ class Workers(AbstractContextManager):
         finally:
             progress.close()
 
-    def _run_pool(self, function: Callable, tasks: Sequence, progress: Progress) -> list:
+    def _run_pool(
+        self, function: Callable[[Task, Count], Result], tasks: Sequence[Task], progress: Progress
+    ) -> list[Result]:
         if self._pool is None:
             context = get_context("spawn")
             self._counters = context.Array("q", 2)
@@ -66,22 +80,22 @@ class Workers(AbstractContextManager):
         pending = set(futures)
         while pending:
             done, pending = wait(pending, timeout=_POLL_S)
-            progress.show(*self._counters)
+            progress.show(*self._counters[:])
             for future in done:
                 future.result()
         return [future.result() for future in futures]
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, *exception: object) -> None:
         """End the processes, after the tasks that are running; those not begun are left out."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _call(function, task):
+def _call(function: Callable[[Task, Count], Result], task: Task) -> Result:
     return function(task, _worker_count)
 
 
-def _start_worker(counters, on_start) -> None:
+def _start_worker(counters: "SynchronizedArray[int]", on_start: Callable[[], None] | None) -> None:
     global _worker_count
 
     def add(num: int, num_bytes: int) -> None:
@@ -96,5 +110,6 @@ def _start_worker(counters, on_start) -> None:
 
 
 def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)

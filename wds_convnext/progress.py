@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ _BAR = (
 )
 
 
-class Progress(AbstractContextManager):
+class Progress(AbstractContextManager["Progress"]):
     """Shows the progress of one piece of work, with a rate and the time left.
 
     Args:
@@ -83,7 +83,7 @@ class Progress(AbstractContextManager):
             self._bar.close()
             self._bar = None
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _elapsed_s(self) -> float:
@@ -119,7 +119,7 @@ def track(
     Args:
         total: default: the items' own length, if they have one.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(title, total=total, unit=unit, quiet=quiet) as progress:
         for item in items:

@@ -10,9 +10,10 @@ import numbers
 import operator
 import os
 import re
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, replace
-from types import UnionType
-from typing import Any, Self, get_args, get_origin
+from types import NoneType
+from typing import Any, Self, get_args
 
 import click
 
@@ -22,7 +23,9 @@ from wds_convnext.errors import UsageError, did_you_mean
 class FiniteRange(click.FloatRange):
     """A range of numbers without nan, which lies in all of click's, and without infinity."""
 
-    def convert(self, value, param, ctx) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
@@ -34,14 +37,16 @@ class ByteSize(click.ParamType):
 
     name = "size"
 
-    def convert(self, value, param, ctx) -> int:
+    def convert(
+        self, value: int | str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
         if isinstance(value, int):
             value = str(value)
         match = re.fullmatch(r"([\d.]+)\s*([kMGT]?)i?B?", value.strip(), re.IGNORECASE)
+        number, unit = match.groups() if match else ("0", "")
         try:
-            power = " kmgt".index(match[2].lower() or " ")
-            num_bytes = int(float(match[1]) * 1000**power)
-        except (TypeError, ValueError, OverflowError):
+            num_bytes = int(float(number) * 1000 ** " kmgt".index(unit.lower() or " "))
+        except (ValueError, OverflowError):
             num_bytes = 0
         if num_bytes < 1:
             self.fail(f"{value!r} is not a size; write e.g. 500MB", param, ctx)
@@ -60,7 +65,13 @@ _PLAIN_TYPES = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click
 
 
 def option(
-    default: Any, help: str, *, group: str, type: Any = None, flag_value=None, is_output=False
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    type: click.ParamType | None = None,
+    flag_value: str | None = None,
+    is_output: bool = False,
 ) -> Any:
     """A dataclass field that is also a click option.
 
@@ -85,9 +96,8 @@ def flag_of(name: str) -> str:
 
 def python_type(spec: Field) -> type:
     """bool, int, float or str: that of a field's values, None aside."""
-    if get_origin(spec.type) is not UnionType:
-        return spec.type
-    return next(part for part in get_args(spec.type) if part is not type(None))
+    parts = (*get_args(spec.type), spec.type)
+    return next(part for part in parts if isinstance(part, type) and part is not NoneType)
 
 
 def value_type(spec: Field) -> click.ParamType:
@@ -170,20 +180,20 @@ def expectation(spec: Field) -> str:
         noun = "an integer" if isinstance(kind, click.IntRange) else "a number"
         if None not in (kind.min, kind.max) and not (kind.min_open or kind.max_open):
             return f"{noun} from {kind.min} to {kind.max}"
-        low = kind.min is not None and f"{'>' if kind.min_open else '>='} {kind.min}"
-        high = kind.max is not None and f"{'<' if kind.max_open else '<='} {kind.max}"
+        low = f"{'>' if kind.min_open else '>='} {kind.min}" if kind.min is not None else ""
+        high = f"{'<' if kind.max_open else '<='} {kind.max}" if kind.max is not None else ""
         return f"{noun} {' and '.join(filter(None, (low, high)))}"
     nouns = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
     return nouns[python_type(spec)]
 
 
-def _as_bool(value) -> bool:
+def _as_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
-def _as_int(value) -> int:
+def _as_int(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError
     if operator.index(value).bit_length() > 63:
@@ -191,11 +201,16 @@ def _as_int(value) -> int:
     return operator.index(value)
 
 
-def _as_float(value) -> float:
+def _as_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError
     return float(value)
 
 
 # Strict, where click takes 1.5 for the integer 1 and "no" for a true value.
-_CASTS = {bool: _as_bool, int: _as_int, float: _as_float, str: os.fspath}
+_CASTS: dict[type, Callable[[Any], Any]] = {
+    bool: _as_bool,
+    int: _as_int,
+    float: _as_float,
+    str: os.fspath,
+}
