@@ -18,7 +18,7 @@ from wds_convnext.config import (
     TrainConfig,
     VerifyConfig,
 )
-from wds_convnext.errors import WdsConvnextError
+from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.files import format_json
 from wds_convnext.options import (
     GroupedCommand,
@@ -262,8 +262,16 @@ def main(args: list[str] | None = None) -> None:
     # On a CPU the trainer shares the cores with its loader. With two busy processes next to it,
     # 2 cores, a step took 2.5 s with libgomp's default spinning, 0.35 s with this, 0.1 s alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name may not fit its encoding
     try:
-        commands(args)
+        try:
+            commands(args)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            advice = "Check that it is there and that you may read or write it"
+            raise UsageError(f"{error.filename}: {error.strerror}. {advice}.") from None
     except WdsConvnextError as error:
         click.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2)
