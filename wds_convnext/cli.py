@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from wds_convnext import __version__
+from wds_convnext import __version__, errors
 from wds_convnext.config import (
     BenchConfig,
     EvalConfig,
@@ -273,5 +273,6 @@ def main(args: list[str] | None = None) -> None:
             advice = "Check that it is there and that you may read or write it"
             raise UsageError(f"{error.filename}: {error.strerror}. {advice}.") from None
     except WdsConvnextError as error:
-        click.echo(f"{type(error).__name__}: {error}", err=True)
+        kind = next(c for c in type(error).__mro__ if c.__module__ == errors.__name__)
+        click.echo(f"{kind.__name__}: {error}", err=True)
         sys.exit(2)

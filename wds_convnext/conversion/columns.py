@@ -65,6 +65,9 @@ def find_columns(
     )
     if label is None:
         raise NoLabelColumn(_refusal(path, schema, "label", labels))
+    for name in (image, label):
+        if schema.names.count(name) > 1:
+            raise UsageError(f"{path}: there are several columns {name}; {_listed(schema)}.")
     names = features.get(label, {}).get("names")
     return Columns(
         image,
@@ -141,7 +144,7 @@ def _refusal(path: str, schema: pa.Schema, role: str, fitting: Sequence[str]) ->
     if len(fitting) > 1:
         problem = f"several {role} columns fit ({', '.join(fitting)})"
     elif fitting:
-        problem = f"{fitting[0]} is the only column that may hold labels, and is not called so"
+        problem = f"no column is called as labels are; {fitting[0]} may be something else"
     elif role == "image":
         problem = "no image column"
         advice = "Images are encoded bytes, binary or a struct with bytes; paths are not followed."
