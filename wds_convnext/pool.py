@@ -61,7 +61,7 @@ class Workers(AbstractContextManager["Workers"]):
             return self._run_pool(function, tasks, progress)
         except BrokenProcessPool:
             raise WdsConvnextError(
-                "a worker process was killed (out of memory?). "
+                "a worker process was killed (out of memory, or by a damaged file?). "
                 "Run the same command again: it goes on where it stopped. Use fewer --jobs."
             ) from None
         finally:

@@ -113,3 +113,25 @@ def test_a_small_file_does_not_fill_the_memory(tmp_path, size, num_rows, message
     found, peak_kb = done.stdout.splitlines()
     assert message in found
     assert int(peak_kb) < 400_000
+
+
+DYING = """
+import os
+import wds_convnext.conversion
+wds_convnext.conversion.open_splits = lambda *args, **options: os.abort()
+if __name__ == "__main__":
+    from wds_convnext.cli import main
+    main(["shards", {source!r}, "--out", {out!r}, "--jobs", "2"])
+"""
+
+
+def test_a_file_that_ends_the_process_that_reads_it_is_one_line(tmp_path):
+    """As pyarrow does on some damage: the command lives on, and says so."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(source=str(tmp_path), out=str(tmp_path / "out")))
+
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert "a worker process was killed (out of memory, or by a damaged file?)" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from wds_convnext.conversion.conversion import Conversion
 from wds_convnext.conversion.opening import find_class_names, open_splits
 from wds_convnext.conversion.report import SplitReport
 from wds_convnext.errors import UsageError, WdsConvnextError
+from wds_convnext.pool import Workers
+from wds_convnext.progress import Progress
 from wds_convnext.shards.naming import is_held_out
 
 
@@ -56,10 +59,12 @@ def convert(
     config = ShardsConfig.of(config, options)
     out = config.out
     try:
-        splits, left_out = open_splits(
-            str(source), image=config.image_column, label=config.label_column
-        )
-        class_names = find_class_names(splits, is_label_named=config.label_column is not None)
+        # In a process that may die: some damaged files make pyarrow end its own.
+        with Workers(config.jobs) as workers:
+            progress = Progress("open", quiet=True)
+            ((splits, left_out, class_names),) = workers.run(
+                _open, [(str(source), config)], progress=progress
+            )
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
             c
@@ -75,6 +80,14 @@ def convert(
             "fix it and run the same command again: it goes on where it stopped."
         ) from None
     return ConversionReport(out, tuple(reports), left_out, time.monotonic() - started)
+
+
+def _open(task: tuple[str, ShardsConfig], count: Callable[[int, int], None]):
+    """The splits of a source, those left out, and the class names."""
+    source, config = task
+    splits, left_out = open_splits(source, image=config.image_column, label=config.label_column)
+    names = find_class_names(splits, is_label_named=config.label_column is not None)
+    return splits, left_out, names
 
 
 def _check_space(out: str, needed: int) -> None:
