@@ -4,10 +4,10 @@
     python tools/fuzz.py --only tar --first 1234 --iterations 1
 
 Files that are right are mutated: bytes flipped, cut, doubled or moved, numbers and words replaced
-by those that readers trip over. Each case must end, within 2 s of CPU time and in flat memory, in a value or
-in an error of wds_convnext/errors.py that is one printable line; decoded pixels must be the same
-twice. A case is a function of seed, kind and number, so what is found can be run again. Prints a
-table; exit code 1 if anything was found.
+by those that readers trip over. Each case must end, within 2 s of CPU time and in flat memory, in a
+value or in an error of wds_convnext/errors.py that is one printable line; decoded pixels must be
+the same twice. A case is a function of seed, kind and number, so what is found can be run again.
+Prints a table; exit code 1 if anything was found.
 """
 
 import io
