@@ -131,3 +131,8 @@ def say(text: str) -> None:
     """Print a line on stdout, above the bars that are on the screen."""
     tqdm.write(text)
     sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """Print a line on stderr, above the bars that are on the screen."""
+    tqdm.write(text, file=sys.stderr)

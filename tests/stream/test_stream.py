@@ -1,11 +1,7 @@
 """One stream of batches for any workers, ranks and starts; and what happens to bad samples."""
 
-import gc
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from itertools import islice
@@ -15,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import HANG_S, sample_members, write_shards, write_tar
+from conftest import sample_members, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +19,6 @@ from wds_convnext.errors import ShardError, TrainingError, UsageError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.stream import loader
 from wds_convnext.stream.loader import Slots
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
@@ -165,7 +160,7 @@ def test_a_slow_trainer_sees_the_same_stream(dataset, monkeypatch):
     images = Slots.images
 
     def slow_images(slots, worker, slot):
-        if torch.utils.data.get_worker_info() is None:
+        if multiprocessing.parent_process() is None:
             time.sleep(0.1)
         return images(slots, worker, slot)
 
@@ -432,121 +427,8 @@ def test_batches_before_an_error_are_handed_over(tmp_path):
         next(batches)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("while_waiting", [True, False])
-def test_a_killed_worker_ends_in_one_line_about_memory(dataset, victim, while_waiting):
-    """Not in a hang, and at a batch only: never in the middle of the trainer's own work."""
-    batches = make_loader(train_stream(dataset), workers=2)
-    next(batches)
-    worker = workers_of_this_process()[victim]
-
-    os.kill(worker.pid, signal.SIGKILL)
-    if not while_waiting:
-        worker.join()
-        time.sleep(0.2)  # PyTorch's own handler would raise here
-
-    with pytest.raises(TrainingError, match="A loader worker died .* is memory") as error:
-        for _ in range(20):
-            next(batches)
-    assert "\n" not in str(error.value)
-
-
-class Buggy(EvalTransform):
-    """A transform with a programming error."""
-
-    def __call__(self, data, draws=None):
-        raise RuntimeError("a bug")
-
-
-def test_a_bug_in_a_worker_leaves_as_itself(dataset):
-    """It is not taken for a lack of memory."""
-    order = train_order(dataset)
-    stream = ShardStream(dataset, order, batch_size=4, transform=Buggy(16))
-
-    with pytest.raises(RuntimeError, match="a bug"):
-        take(stream, 1, workers=1)
-
-
-UNCAUGHT = """
-import sys
-from test_stream import *
-batches = make_loader(train_stream(open_dataset(sys.argv[1])), workers=2)
-next(batches)
-raise SystemError("a bug of the trainer")
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_fails_while_workers_run_ends(tmp_path):
-    """Workers ignore SIGTERM, which is how Python ends its children before it waits for them."""
-    manifest = write_shards(tmp_path, SIZES)
-    command = [sys.executable, "-c", UNCAUGHT, str(manifest)]
-
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HANG_S)
-
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "SystemError: a bug of the trainer"
-
-
 def workers_of_this_process() -> list[multiprocessing.Process]:
     return sorted(multiprocessing.active_children(), key=lambda process: process.pid)
-
-
-def test_workers_outlive_the_signals_that_stop_a_run(dataset):
-    """A signal to the whole process group reaches them too; the trainer decides when to stop.
-
-    From their start on: the second worker may not even have run when the first batch is there.
-    """
-    batches = make_loader(train_stream(dataset), workers=2)
-    taken = [next(batches)]
-
-    for process in workers_of_this_process():
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(process.pid, signum)
-    taken += [next(batches) for _ in range(6)]
-
-    batches.close()
-    assert_same(taken, take(train_stream(dataset), 7))
-
-
-def test_workers_outlive_signals_that_come_before_they_ignore_them(dataset, monkeypatch):
-    """Each worker's come in its first line, however soon the trainer asks for a batch."""
-    settle_in = loader._settle_in
-
-    def signal_then_settle_in(worker_id):
-        for signum in loader.STOP_SIGNALS:
-            os.kill(os.getpid(), signum)
-        settle_in(worker_id)
-
-    monkeypatch.setattr(loader, "_settle_in", signal_then_settle_in)
-
-    taken = take(train_stream(dataset), 7, workers=2)
-
-    assert_same(taken, take(train_stream(dataset), 7))
-
-
-def test_a_loader_without_workers_leaves_no_shard_open(dataset):
-    """However many evaluations a run makes in its own process."""
-    gc.collect()  # what earlier tests left
-    before = len(os.listdir("/dev/fd"))
-
-    for _ in range(3):
-        assert len(list(make_loader(eval_stream(dataset), workers=0))) == 6
-        take(train_stream(dataset), 2)
-
-    assert len(os.listdir("/dev/fd")) <= before  # what earlier tests left may be closed by now
-
-
-def test_a_loader_leaves_no_process_behind(dataset):
-    """Whether its stream came to its end or was closed before."""
-    for _ in range(3):
-        assert len(list(make_loader(eval_stream(dataset), workers=2))) == 6
-        take(train_stream(dataset), 2, workers=2)
-
-    assert workers_of_this_process() == []
 
 
 def samples_by_key(samples) -> dict[str, dict]:

@@ -1,14 +1,15 @@
 """The stream of batches: the only module that knows order, reading and decoding.
 
-Worker w of W makes the batches w, w + W, w + 2W, … whole; the DataLoader hands them over
-round-robin, so what the trainer sees does not depend on W. Images cross to the trainer as uint8,
-through memory that both sides hold from the start (`workers`). Validation batches come from the
+Worker w of W makes the batches w, w + W, w + 2W, … whole; they are handed over round-robin, so what
+the trainer sees does not depend on W. Images cross to the trainer as uint8, through memory that
+both sides hold from the start (`loader`). Validation batches come from the
 same workers, in their place in the sequence, so nothing waits when a validation starts or ends.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from wds_convnext.errors import DataError, TrainingError, UsageError, WdsConvnextError
+from wds_convnext.errors import DataError, TrainingError, UsageError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
@@ -205,16 +206,23 @@ class ValidatedStream(IterableDataset):
 
 
 def load_batches(
-    stream: ShardStream | ValidatedStream, next_images: Callable[[], torch.Tensor] | None = None
+    stream: ShardStream | ValidatedStream,
+    turns: Iterator[tuple[ShardStream, int]] | None = None,
+    next_images: Callable[[], torch.Tensor] | None = None,
 ) -> Iterator[Batch]:
-    """This worker's share of a stream, its images written into what `next_images` gives.
+    """A stream's batches of these turns, their images written into what `next_images` gives.
 
     A batch's bytes are asked for while the batch before it is decoded: the order is known.
+
+    Args:
+        turns: default: all, or in a worker of a DataLoader its share of them.
+        next_images: default: new memory for each.
     """
+    turns = _share_of_this_worker(stream.turns()) if turns is None else turns
     next_images = next_images or stream.new_images
     with ExitStack() as open_readers:
         readers, turn = {}, None
-        for coming in itertools.chain(_share_of_this_worker(stream.turns()), [None]):
+        for coming in itertools.chain(turns, [None]):
             if coming is not None:
                 source, number = coming
                 if source not in readers:
@@ -232,27 +240,30 @@ def _share_of_this_worker(turns: Iterator) -> Iterator:
 
 
 def make_loader(
-    stream: ShardStream | ValidatedStream, *, workers: int | None = None, pin_memory: bool = False
+    stream: ShardStream | ValidatedStream,
+    *,
+    workers: int | None = None,
+    pin_memory: bool = False,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Batch]:
     """Iterate over a stream's batches, made by worker processes.
 
     Args:
         workers: 0 makes them in this process; by default one per CPU core, at most 16.
         pin_memory: whether the tensors are to lie in page-locked memory.
+        while_waiting: called several times a second while a worker is awaited; may raise.
     Raises:
         WdsConvnextError: what a worker met, as it was raised there.
-        TrainingError: if a worker process died.
+        TrainingError: if worker processes die again and again.
     """
     workers = num_workers(workers)
     if workers == 0:
         yield from map(partial(_keep, pin_memory=True), stream) if pin_memory else stream
         return
-    slots = Slots(workers, stream.new_images())
-    with closing(items_of_workers(_Worker(stream, slots), workers)) as items:
+    share = _Share(stream, Slots(workers, stream.new_images()), workers)
+    with closing(items_of_workers(share, workers, while_waiting=while_waiting)) as items:
         for item in items:
-            if isinstance(item, WdsConvnextError):
-                raise item
-            images = slots.images(item.worker, item.slot)
+            images = share.slots.images(item.worker, item.slot)
             labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
             yield _keep(Batch(images, labels, is_real, item.bad_samples), pin_memory=pin_memory)
 
@@ -278,25 +289,26 @@ class _Handover(NamedTuple):
     bad_samples: list
 
 
-class _Worker(IterableDataset):
-    """What runs in a worker process: fills its slots in turn.
+@dataclass(frozen=True)
+class _Share:
+    """What runs in a worker process: every so manieth batch of a stream, into its slots in turn."""
 
-    An error of ours goes over as an item: DataLoader would wrap it into its traceback.
-    """
+    stream: ShardStream | ValidatedStream
+    slots: Slots
+    num_workers: int
 
-    def __init__(self, stream: ShardStream | ValidatedStream, slots: Slots):
-        super().__init__()
-        self.stream = stream
-        self.slots = slots
+    def __call__(
+        self, worker: int, first: int, wait_for_slot: Callable[[], int]
+    ) -> Iterator[_Handover]:
+        start = worker + first * self.num_workers
+        turns = itertools.islice(self.stream.turns(), start, None, self.num_workers)
+        slot = None
 
-    def __iter__(self) -> Iterator[_Handover | WdsConvnextError]:
-        worker = get_worker_info().id
-        turns = itertools.cycle(range(len(self.slots)))
-        into = (self.slots.images(worker, slot) for slot in turns)
-        try:
-            for number, batch in enumerate(load_batches(self.stream, into.__next__)):
-                slot = number % len(self.slots)
-                labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
-                yield _Handover(worker, slot, labels, is_real, batch.bad_samples)
-        except WdsConvnextError as error:
-            yield error
+        def next_images() -> torch.Tensor:
+            nonlocal slot
+            slot = wait_for_slot()
+            return self.slots.images(worker, slot)
+
+        for batch in load_batches(self.stream, turns, next_images):
+            labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
+            yield _Handover(worker, slot, labels, is_real, batch.bad_samples)
