@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and JSON that every reader takes."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -52,6 +53,20 @@ def read_at(file: int, num_bytes: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def unwritable(path: str | os.PathLike, error: OSError | RuntimeError) -> str:
+    """The sentences about a file that cannot be written: why, and what to do."""
+    number = getattr(error, "errno", None)
+    reason = error.strerror if number else str(error).splitlines()[0]
+    advice = "Look at the disk that holds it."
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "Free some space."
+    elif number in (errno.ENOENT, errno.ENOTDIR):
+        advice = "Its folder is gone."
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "Make its folder writable."
+    return f"{path}: cannot be written ({reason}). {advice}"
 
 
 def temporary_name(path: str | os.PathLike) -> str:

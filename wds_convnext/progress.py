@@ -1,10 +1,11 @@
 """How far the work is, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -136,3 +137,54 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on stderr, above the bars that are on the screen."""
     tqdm.write(text, file=sys.stderr)
+
+
+@contextmanager
+def outlasting_output() -> Iterator[None]:
+    """Within this context stdout and stderr drop what cannot be written.
+
+    Who reads them may go before the work is done: Ctrl-C ends `train | tee log` from the right, a
+    terminal is closed, the disk of a log is full. That must not end a run that has yet to save.
+    """
+    # Files that are opened later must not take the numbers of streams that are closed (2>&-).
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (
+        _Outlasting(stream or os.fdopen(descriptor, "w", closefd=False))
+        for descriptor, stream in enumerate(before, start=1)
+    )
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Outlasting:
+    """A text stream whose failures are dropped, and with the first one all that follows."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, write: Callable, *args) -> None:
+        try:
+            write(*args)
+        except OSError:
+            # What is buffered is tried again, at last when Python ends: then it has to succeed.
+            with suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)

@@ -70,6 +70,12 @@ class TrainConfig(Config):
         group="Data",
         type=FRACTION,
     )
+    max_bad_val_samples: float = option(
+        0.1,
+        "Share of the validation samples that may be left out because they do not decode.",
+        group="Data",
+        type=FRACTION,
+    )
 
     min_crop: float = option(
         0.08,

@@ -181,20 +181,29 @@ class ShardStream(IterableDataset):
 class ValidatedStream(IterableDataset):
     """A training stream with a whole validation stream after each step that `is_due` names.
 
-    Both have the same batch size and image size.
+    Both have the same batch size and image size. With `validates_first` it begins with one.
     """
 
     def __init__(
-        self, train: ShardStream, validation: ShardStream, *, accumulate: int, is_due: Callable
+        self,
+        train: ShardStream,
+        validation: ShardStream,
+        *,
+        accumulate: int,
+        is_due: Callable,
+        validates_first: bool = False,
     ):
         super().__init__()
         self.train, self.validation = train, validation
         self.accumulate, self.is_due = accumulate, is_due
+        self.validates_first = validates_first
 
     def __iter__(self) -> Iterator[Batch]:
         return load_batches(self)
 
     def turns(self) -> Iterator[tuple[ShardStream, int]]:
+        if self.validates_first:
+            yield from self.validation.turns()
         for stream, number in self.train.turns():
             yield stream, number
             steps, rest = divmod(number + 1, self.accumulate)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from wds_convnext.errors import CheckpointError
-from wds_convnext.files import replacing
+from wds_convnext.files import replacing, unwritable
 from wds_convnext.stream.transforms import Preprocessing
 
 FORMAT = 1
@@ -137,7 +137,7 @@ def save_checkpoint(path: str | os.PathLike, content: dict) -> None:
         with replacing(path) as file:
             torch.save({"format": FORMAT, **content}, file)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be written ({error}). Free some space.") from None
+        raise CheckpointError(unwritable(path, error)) from None
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The processes of a run and their devices, sums over ranks, and agreeing on a step to stop at.
+"""The processes of a run and their devices, sums over ranks, and agreeing where to stop.
 
 Everything here is the identity in one process. Under torchrun, votes travel over a gloo group of
 their own, so that agreeing never waits for the device.
@@ -6,16 +6,17 @@ their own, so that agreeing never waits for the device.
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.stream.loader import STOP_SIGNALS
 
 STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
@@ -156,14 +157,25 @@ def barrier(world: World) -> None:
         dist.all_reduce(torch.zeros(1))
 
 
+class Stopped(Exception):
+    """Ends the wait for a batch, on all ranks alike, because one of them was told to stop."""
+
+
 class StopRequest:
-    """Within this context the first stop signal is only noted; a second one acts at once."""
+    """Within this context the first stop signal is only noted; a second one acts at once.
+
+    A second SIGHUP does not: a terminal that is closed sends two, one of them through the shell.
+    Under `nohup` SIGHUP stays ignored.
+    """
 
     def __init__(self):
         self.signal_name: str | None = None
 
     def __enter__(self) -> "StopRequest":
-        self._handlers = {s: signal.signal(s, self._note) for s in STOP_SIGNALS}
+        signals = set(STOP_SIGNALS)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signals.remove(signal.SIGHUP)
+        self._handlers = {s: signal.signal(s, self._note) for s in signals}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -172,35 +184,67 @@ class StopRequest:
 
     def _note(self, signum: int, frame) -> None:
         self.signal_name = signal.Signals(signum).name
-        for again in STOP_SIGNALS:
-            signal.signal(again, signal.SIG_DFL)
+        for again in self._handlers:
+            signal.signal(again, signal.SIG_IGN if again == signal.SIGHUP else signal.SIG_DFL)
+
+    @property
+    def reason(self) -> str:
+        """The signal that stopped the run."""
+        return self.signal_name or "a signal to another process"
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self.signal_name is not None:
+            raise Stopped
 
 
 class StopVote:
-    """Lets all ranks stop at the same step when any of them was told to.
+    """Hands out batches that all ranks have, as long as none of them is to stop.
 
-    Each step casts a vote without waiting and learns the outcome of the vote of the step before,
-    so a signal ends the run at most two steps later, and the host is never more than one step
-    ahead of the slowest rank's host. In one process the vote is the answer.
+    So all ranks stop at the same batch, before its step begins: when one got a signal, and when
+    one cannot have its batch. A vote waits for the other hosts, not for the devices, over a gloo
+    group of its own.
     """
 
-    def __init__(self, world: World):
-        self.world = world
-        self._pending = None
+    _GO_ON, _STOP, _FAIL = range(3)
+
+    def __init__(self, request: StopRequest, world: World):
+        self.request, self.world = request, world
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def should_stop(self, wants_to_stop: bool) -> bool:
-        """Cast this step's vote; the same answer on every rank."""
-        if self._group is None:
-            return wants_to_stop
-        outcome = self._outcome()
-        ballot = torch.tensor([int(wants_to_stop)])
-        self._pending = ballot, dist.all_reduce(ballot, group=self._group, async_op=True)
-        return outcome
+    def agreed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, of which each rank has as many.
 
-    def _outcome(self) -> bool:
-        if self._pending is None:
-            return False
-        ballot, work = self._pending
-        work.wait()
-        return bool(ballot.item())
+        Raises:
+            Stopped: on all ranks, if any got a stop signal.
+            WdsConvnextError: on all ranks, if any cannot have its batch: there what it met.
+        """
+        while True:
+            batch, error = None, None
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (Stopped, WdsConvnextError) as met:
+                error = met
+            failed = isinstance(error, WdsConvnextError)
+            own = self._FAIL if failed else self._STOP if self.request.signal_name else self._GO_ON
+            vote = self._highest(own)
+            if vote == self._FAIL:
+                raise (
+                    error
+                    if failed
+                    else TrainingError(
+                        f"rank {self.world.rank}: another process cannot go on; its line says why."
+                    )
+                )
+            if vote == self._STOP:
+                raise Stopped
+            yield batch
+
+    def _highest(self, own: int) -> int:
+        if self._group is None:
+            return own
+        ballot = torch.tensor([own])
+        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        return int(ballot)

@@ -1,7 +1,7 @@
 """Exact evaluation: every sample once, on any number of ranks, the padding never counted."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from wds_convnext.training.distributed import (
     Machine,
     World,
     choose_amp,
+    gather_lists,
     join_world,
     leave_world,
     sum_over_ranks,
@@ -32,6 +33,8 @@ from wds_convnext.training.distributed import (
 from wds_convnext.training.feed import loading
 from wds_convnext.training.model import create_model
 from wds_convnext.training.rundir import best_checkpoint
+
+_NUM_NAMED = 10  # samples that a message names
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class EvalResult:
     top1: float
     top5: float
     loss: float  # mean cross-entropy, nats
-    num_samples: int
+    num_samples: int  # that were counted
+    left_out: tuple[dict, ...] = ()  # shard, key and reason of each sample that does not decode
 
     @property
     def top1_interval(self) -> tuple[float, float]:
@@ -75,7 +79,7 @@ def evaluate_batches(
         DataError: if there is no sample to count.
     """
     model.eval()
-    sums = None
+    sums, left_out = None, []
     for batch in batches:
         with autocast():
             logits = model(normalizer(batch.images))
@@ -86,10 +90,13 @@ def evaluate_batches(
             )
         counts = _count(logits.float(), batch.labels, batch.is_real)
         sums = counts if sums is None else sums + counts
+        left_out += batch.bad_samples
+    left_out = tuple(gather_lists(left_out, world))
     top1, top5, loss, num_samples = sum_over_ranks(sums, world).tolist()
     if num_samples == 0:
         raise DataError("No sample of the split decodes, so there is nothing to evaluate.")
-    return EvalResult(top1 / num_samples, top5 / num_samples, loss / num_samples, int(num_samples))
+    shares = (total / num_samples for total in (top1, top5, loss))
+    return EvalResult(*shares, int(num_samples), left_out)
 
 
 def _count(logits: torch.Tensor, labels: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
@@ -109,7 +116,8 @@ class Evaluation:
     stream: ShardStream
     normalizer: Normalizer
     machine: Machine
-    max_bad_samples: float = 0.0  # share of the split that may fail to decode
+    max_bad_samples: float  # share of the split that may be left out for not decoding
+    flag: str  # the option that sets it
     quiet: bool = False
 
     def run(self, forward: Callable, batches: Iterator[Batch]) -> EvalResult:
@@ -129,27 +137,33 @@ class Evaluation:
             total=self.stream.stop,
             quiet=self.quiet or not self.machine.world.is_main,
         )
-        return evaluate_batches(
+        result = evaluate_batches(
             forward,
-            self._with_few_bad_samples(shown),
+            shown,
             num_classes=self.stream.dataset.num_classes,
             normalizer=self.normalizer,
             autocast=self.machine.autocast,
             world=self.machine.world,
         )
+        num_samples = len(self.stream.dataset)
+        if len(result.left_out) > self.max_bad_samples * num_samples:
+            raise DataError(
+                f"{len(result.left_out)} of {num_samples:,} samples of the "
+                f"{self.stream.dataset.split} split do not decode, {self.max_bad_samples:g} of "
+                f"them may: {name_bad(result.left_out)} Write the shard again, or allow more with "
+                f"{self.flag}."
+            )
+        return result
 
-    def _with_few_bad_samples(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        num_bad, allowed = 0, self.max_bad_samples * len(self.stream.dataset)
-        for batch in batches:
-            num_bad += len(batch.bad_samples)
-            if num_bad > allowed:
-                bad = batch.bad_samples[0]
-                raise DataError(
-                    f"{bad['shard']}, key {bad['key']}: {sentence(bad['reason'])} "
-                    "Write the shard again, or "
-                    "leave such samples out of the result with --max-bad-samples."
-                )
-            yield batch
+
+def name_bad(samples: Sequence[dict]) -> str:
+    """The first of the samples that do not decode, with the reasons, and a count of the rest."""
+    first = [
+        f"{bad['shard']}, key {bad['key']}: {sentence(bad['reason'])}"
+        for bad in samples[:_NUM_NAMED]
+    ]
+    rest = len(samples) - len(first)
+    return " ".join(first) + (f" And {rest} more." if rest else "")
 
 
 def open_evaluation(
@@ -158,7 +172,8 @@ def open_evaluation(
     batch_size: int,
     preprocessing: Preprocessing,
     machine: Machine,
-    max_bad_samples: float = 0.0,
+    max_bad_samples: float,
+    flag: str,
     quiet: bool = False,
 ) -> Evaluation:
     """The evaluation of every sample of a split once, over all ranks."""
@@ -171,7 +186,7 @@ def open_evaluation(
         world_size=machine.world.size,
     )
     normalizer = Normalizer(preprocessing.mean, preprocessing.std, machine.device)
-    return Evaluation(stream, normalizer, machine, max_bad_samples, quiet)
+    return Evaluation(stream, normalizer, machine, max_bad_samples, flag, quiet)
 
 
 def evaluate(
@@ -209,6 +224,7 @@ def evaluate(
         preprocessing=preprocessing or Preprocessing(),
         machine=Machine(World(), device, choose_amp(amp, device)),
         max_bad_samples=max_bad_samples,
+        flag="max_bad_samples",
         quiet=quiet,
     )
     with loading(evaluation.stream, workers, evaluation.machine) as batches:
@@ -248,6 +264,7 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]
             preprocessing=facts.preprocessing,
             machine=machine,
             max_bad_samples=config.max_bad_samples,
+            flag="--max-bad-samples",
         )
         with loading(evaluation.stream, config.workers, machine) as batches:
             return evaluation.run(model, batches), about

@@ -7,18 +7,34 @@ import torch
 
 from wds_convnext.stream.loader import num_workers
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
-from wds_convnext.training.distributed import Machine
+from wds_convnext.training.distributed import Machine, StopVote
 
 
 @contextmanager
-def loading(stream: ShardStream | ValidatedStream, workers: int | None, machine: Machine):
-    """A stream's batches on the device; the workers end with the context."""
+def loading(
+    stream: ShardStream | ValidatedStream,
+    workers: int | None,
+    machine: Machine,
+    *,
+    vote: StopVote | None = None,
+) -> Iterator[Iterator[Batch]]:
+    """A stream's batches on the device; the workers end with the context.
+
+    Args:
+        vote: what ends the batches, and a wait for one, when the run is to stop.
+    """
     workers = num_workers(workers, ranks=machine.world.size)
     if isinstance(stream, ShardStream) and stream.stop is not None:
         workers = min(workers, stream.stop)
-    batches = make_loader(stream, workers=workers, pin_memory=machine.device.type == "cuda")
+    batches = make_loader(
+        stream,
+        workers=workers,
+        pin_memory=machine.device.type == "cuda",
+        while_waiting=vote.request.check if vote else lambda: None,
+    )
     with closing(batches):
-        yield prefetch_to_device(batches, machine.device)
+        on_device = prefetch_to_device(batches, machine.device)
+        yield vote.agreed(on_device) if vote else on_device
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

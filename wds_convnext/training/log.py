@@ -5,13 +5,17 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from wds_convnext import progress
-from wds_convnext.files import format_json, write_atomically
-from wds_convnext.training.evaluate import EvalResult
+from wds_convnext.errors import CheckpointError
+from wds_convnext.files import format_json, unwritable, write_atomically
+from wds_convnext.training.evaluate import EvalResult, name_bad
 
 # How the progress line shows what `gauges` reads.
 READINGS = {
@@ -58,9 +62,11 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # 1 s; workers never pay for it
 
-        self._metrics = _open_cut_back(folder / "metrics.jsonl", start_step)
-        self._bad_samples = _open_cut_back(folder / "bad_samples.jsonl", start_step)
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._folder = folder
+        with self._writing():
+            self._metrics = self._open_cut_back("metrics.jsonl", start_step)
+            self._bad_samples = self._open_cut_back("bad_samples.jsonl", start_step)
+            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -118,6 +124,11 @@ class RunLog:
         values = {"val/loss": result.loss, "val/accuracy": 100 * result.top1}
         self._record(step, values | {"val/top5": 100 * result.top5})
         self.say(f"Validation: Loss: {result.loss:.4f} | Acc: {result.top1:.2%}")
+        if result.left_out:
+            self.say(
+                f"Left out of the validation, which is of {result.num_samples:,} samples: "
+                + name_bad(result.left_out)
+            )
         if not math.isfinite(result.loss):
             self.say("The loss is not finite, so these weights are no candidate for best.pt.")
         self.say(f"Best Accuracy: {best_top1:.2%}" if best_top1 >= 0 else "Best Accuracy: none yet")
@@ -126,14 +137,16 @@ class RunLog:
         """A grid of training images, float (B, 3, H, W) in [0, 1]."""
         if self.quiet:
             return
-        self._writer.add_images("train/images", images[:16].cpu(), step)
+        with self._writing():
+            self._writer.add_images("train/images", images[:16].cpu(), step)
 
     def bad_samples(self, samples: list[dict]) -> None:
         """Write replaced samples to bad_samples.jsonl; each names its step."""
-        if self.quiet:
+        if self.quiet or not samples:
             return
-        self._bad_samples.writelines(json.dumps(sample) + "\n" for sample in samples)
-        self._bad_samples.flush()
+        with self._writing():
+            self._bad_samples.writelines(json.dumps(sample) + "\n" for sample in samples)
+            self._bad_samples.flush()
 
     def _end_progress(self) -> None:
         if self._progress is not None:
@@ -143,35 +156,53 @@ class RunLog:
     def close(self) -> None:
         self._end_progress()
         if not self.quiet:
-            self._metrics.close()
-            self._bad_samples.close()
-            self._writer.close()
+            with suppress(OSError):  # what could not be written is tried again
+                self._metrics.close()
+            with suppress(OSError):
+                self._bad_samples.close()
+            with suppress(OSError):
+                self._writer.close()
 
     def flush(self) -> None:
         """Bring everything logged so far to disk."""
         if not self.quiet:
-            self._writer.flush()
-            os.fsync(self._metrics.fileno())
+            with self._writing():
+                self._writer.flush()
+                os.fsync(self._metrics.fileno())
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         if self.quiet:
             return
-        self._metrics.write(format_json({"step": step, **values}) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with self._writing():
+            self._metrics.write(format_json({"step": step, **values}) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(unwritable(error.filename or self._folder, error)) from None
+
+    def _open_cut_back(self, name: str, last_step: int) -> TextIO:
+        """Open a JSON-lines file for appending, without its lines of later steps."""
+        path = self._folder / name
+        lines = path.read_bytes().splitlines() if path.exists() and last_step else []
+        steps = list(map(_step_of, lines))
+        kept = [line for line, step in zip(lines, steps) if step is not None and step <= last_step]
+        if odd := steps.count(None):
+            self.say(f"{path}: left out {odd} damaged lines.")
+        write_atomically(path, b"".join(line + b"\n" for line in kept))
+        return path.open("a")
 
 
-def _open_cut_back(path: Path, last_step: int):
-    """Open a JSON-lines file for appending, without its lines of later steps."""
-    lines = path.read_text().splitlines() if path.exists() and last_step else []
-    kept = [line for line in lines if _step_of(line) <= last_step]
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())
-    return path.open("a")
-
-
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None for one that a kill cut short, or that is damaged otherwise."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line that a kill cut short
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if type(step) is int else None

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from wds_convnext.errors import TrainingError, sentence
+from wds_convnext.errors import DataError, ShardError, TrainingError, sentence
 from wds_convnext.stream.stream import Batch
-from wds_convnext.training.distributed import StopRequest, StopVote
+from wds_convnext.training.distributed import Stopped
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
 from wds_convnext.training.rundir import RunDir
@@ -22,22 +22,43 @@ if TYPE_CHECKING:
 _COMPILED_TOLERANCE = 1e-2
 
 
-def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) -> str:
-    """Train until the last step or a stop signal.
+def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) -> bool:
+    """Train until the last step, or until the batches end because the run is to stop.
 
     Args:
-        batches: this rank's, on the device, endless, from the state's step on; after each step
-            with which a validation is due stand the batches of that validation.
+        batches: this rank's, on the device, from the state's step on, agreed upon with the other
+            ranks; after each step with which a validation is due stand those of the validation.
+            One that the state owes comes first.
     Returns:
-        "finished", or the name of the signal that stopped the run.
+        Whether the last step was reached.
     Raises:
-        TrainingError: if a loss or gradient is not finite, or too many samples do not decode.
+        WdsConvnextError: if a loss or gradient is not finite, too many samples do not decode, or
+            the data cannot be read. What can be saved is saved.
     """
+    try:
+        _train_and_validate(run, batches, log=log, rundir=rundir)
+    except (Stopped, DataError, ShardError, TrainingError) as ending:
+        # No step is under way, so the state is whole, unless it is frozen.
+        _finite_interval(run)
+        log.bad_samples(run.state.bad_samples.collect(run.machine.world))
+        _save(run, log=log, rundir=rundir)
+        if not isinstance(ending, Stopped):
+            raise
+        return False
+    return True
+
+
+def _train_and_validate(
+    run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir
+) -> None:
     config, state, order, schedule = run.config, run.state, run.order, run.schedule
     world, first_step = run.machine.world, run.state.step
-    vote, watch = StopVote(world), Stopwatch()
+    watch = Stopwatch()
     trace = rundir.path / "trace.json" if config.profile and world.is_main else None
-    with StopRequest() as request, tracing(trace) as end_traced_step:
+    if state.owes_validation:
+        is_best = _validate(run, batches, log=log)
+        _save(run, log=log, rundir=rundir, is_best=is_best)
+    with tracing(trace) as end_traced_step:
         while state.step < schedule.last_step:
             # One optimizer step. It is queued on the device, and nothing of it is read.
             epoch = order.epoch_of(state.step)
@@ -54,40 +75,32 @@ def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) ->
             # What is due after it. All ranks come to the same answers: collectives depend on them.
             ends_epoch = order.epoch_of(state.step) > epoch
             is_last = state.step == schedule.last_step
-            is_stopped = vote.should_stop(request.signal_name is not None)
             logs = state.step % config.log_every == 0 or ends_epoch or is_last
-            saves = state.step % config.save_every == 0 or is_stopped or is_last
+            saves = state.step % config.save_every == 0 or is_last
+            state.owes_validation = run.validation is not None and schedule.is_due(state.step)
             if not (logs or saves):
                 continue
 
             # Here the host waits for the device, and nowhere else in this loop. Weights that are
             # not known to be finite are neither validated nor saved, so this comes first.
-            interval = state.sums.read()
-            if interval.failed_step >= 0:
-                raise _not_finite(run, interval)
+            interval = _finite_interval(run)
             if logs:
                 _log_interval(run, interval, lr=lr, watch=watch, log=log)
-            _account_for_bad_samples(run, log)
+            too_many = _account_for_bad_samples(run, log)
             if ends_epoch:
                 log.epoch(
                     state.step, epoch=epoch, loss=interval.epoch_loss, seconds=state.epoch_seconds
                 )
                 state.start_epoch()
+            if too_many:
+                raise too_many
             is_best = False
-            if run.validation and schedule.is_due(state.step):
+            if state.owes_validation:
                 is_best = _validate(run, batches, log=log)
                 watch.lap()  # images per second are those of training alone
-                # A validation may take minutes: a signal that came meanwhile counts now.
-                is_stopped |= vote.should_stop(request.signal_name is not None)
-
-            # After all the rest, so that a resumed run repeats and misses nothing of it. The log
-            # goes to the disk first: a checkpoint must not be ahead of it.
-            if saves or is_stopped or is_best:
-                log.flush()
-                rundir.save(run, is_best=is_best)
-            if is_stopped and not is_last:
-                return request.signal_name or "a signal to another process"
-    return "finished"
+            # After all the rest, so that a resumed run repeats and misses nothing of it.
+            if saves or is_best:
+                _save(run, log=log, rundir=rundir, is_best=is_best)
 
 
 def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> None:
@@ -113,8 +126,16 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     gc.freeze()
 
 
-def _not_finite(run: "Run", interval: Interval) -> TrainingError:
-    return TrainingError(
+def _finite_interval(run: "Run") -> Interval:
+    """What the host reads of the steps since it last read.
+
+    Raises:
+        TrainingError: if the run is frozen.
+    """
+    interval = run.state.sums.read()
+    if interval.failed_step < 0:
+        return interval
+    raise TrainingError(
         f"The loss or gradient of step {interval.failed_step} is not finite. Weights are those "
         "before it; no checkpoint was written since. Lower --lr, pass over such steps with "
         "--on-nonfinite skip, or look at the step's samples: "
@@ -156,19 +177,20 @@ def _log_interval(
     state.sums.start_interval()
 
 
-def _account_for_bad_samples(run: "Run", log: RunLog) -> None:
-    """Log the samples that were replaced, and stop the run if they are too many."""
+def _account_for_bad_samples(run: "Run", log: RunLog) -> TrainingError | None:
+    """Log the samples that were replaced; an error if they are too many."""
     account, config = run.state.bad_samples, run.config
     samples = account.collect(run.machine.world)
     log.bad_samples(samples)
     if samples and account.count > config.max_bad_samples * run.order.num_samples:
         last = samples[-1]
-        raise TrainingError(
+        return TrainingError(
             f"{account.count} samples of this epoch do not decode, more than "
             f"--max-bad-samples {config.max_bad_samples:g} of {run.order.num_samples} allows; the "
             f"last is {last['shard']}, key {last['key']}: {sentence(last['reason'])} "
             "See bad_samples.jsonl."
         )
+    return None
 
 
 def _validate(run: "Run", batches: Iterator[Batch], *, log: RunLog) -> bool:
@@ -180,5 +202,13 @@ def _validate(run: "Run", batches: Iterator[Batch], *, log: RunLog) -> bool:
     is_best = result.top1 > state.best_top1 and math.isfinite(result.loss)
     if is_best:
         state.best_top1 = result.top1
+    state.owes_validation = False
+    log.bad_samples([{"step": state.step, **bad} for bad in result.left_out])
     log.validation(state.step, result=result, best_top1=state.best_top1)
     return is_best
+
+
+def _save(run: "Run", *, log: RunLog, rundir: RunDir, is_best: bool = False) -> None:
+    # The log goes to the disk first: a checkpoint must not be ahead of it.
+    log.flush()
+    rundir.save(run, is_best=is_best)

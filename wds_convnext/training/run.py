@@ -81,6 +81,7 @@ class Run:
             self.validation.stream,
             accumulate=config.accumulate,
             is_due=self.schedule.is_due,
+            validates_first=self.state.owes_validation,
         )
 
     def name_samples(self, step: int) -> str:
@@ -161,6 +162,8 @@ def open_run(
             batch_size=config.batch_size,
             preprocessing=facts.preprocessing,
             machine=machine,
+            max_bad_samples=config.max_bad_val_samples,
+            flag="--max-bad-val-samples",
         )
     run = Run(
         config=config,

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError, sentence
-from wds_convnext.files import replacing, sync_folder, temporary_name, write_atomically
+from wds_convnext.files import (
+    replacing,
+    sync_folder,
+    temporary_name,
+    unwritable,
+    write_atomically,
+)
 from wds_convnext.options import format_toml
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, save_checkpoint
 from wds_convnext.training.distributed import World, broadcast_object
@@ -85,11 +91,14 @@ class RunDir:
             return
         numbered = self.path / f"step-{run.state.step:09d}.pt"
         save_checkpoint(numbered, {**run.state.state_dict(), "facts": run.facts.to_dict()})
-        # last.pt comes last: a kill in between must not leave it with the accuracy of a best.pt
-        # that is not there. A resume from the one before makes the same best.pt again.
-        for name in (["best.pt"] if is_best else []) + ["last.pt"]:
-            link_checkpoint(numbered, self.path / name)
-        prune_steps(self.path, keep=self.keep)
+        try:
+            # last.pt comes last: a kill in between must not leave it with the accuracy of a best.pt
+            # that is not there. A resume from the one before makes the same best.pt again.
+            for name in (["best.pt"] if is_best else []) + ["last.pt"]:
+                link_checkpoint(numbered, self.path / name)
+            prune_steps(self.path, keep=self.keep)
+        except OSError as error:
+            raise CheckpointError(unwritable(error.filename, error)) from None
 
     @contextlib.contextmanager
     def status(self, run: "Run") -> Iterator["Status"]:
@@ -100,14 +109,19 @@ class RunDir:
             yield status
         except BaseException as error:
             reason = str(error) or type(error).__name__
-            self._write_status(status="failed", step=run.state.step, reason=reason)
+            with contextlib.suppress(CheckpointError):  # where the disk is full, or the folder gone
+                self._write_status(status="failed", step=run.state.step, reason=reason)
             raise
         ended = "finished" if status.reason == "finished" else "stopped"
         self._write_status(status=ended, step=run.state.step, reason=status.reason)
 
     def _write_status(self, **content) -> None:
         if self.world.is_main:
-            write_atomically(self.path / "status.json", json.dumps(content).encode() + b"\n")
+            path = self.path / "status.json"
+            try:
+                write_atomically(path, json.dumps(content).encode() + b"\n")
+            except OSError as error:
+                raise CheckpointError(unwritable(path, error)) from None
 
 
 @dataclass

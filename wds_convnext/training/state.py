@@ -121,6 +121,7 @@ class TrainState:
     step: int = 0  # steps done
     best_top1: float = -1.0
     epoch_seconds: float = 0.0  # spent in the epoch under way
+    owes_validation: bool = False  # one is due after the steps done, and has not ended
 
     def start_epoch(self) -> None:
         self.sums.start_epoch()
@@ -143,6 +144,7 @@ class TrainState:
             "best_top1": self.best_top1,
             "epoch_seconds": self.epoch_seconds,
             "num_bad_samples": self.bad_samples.count,
+            "owes_validation": self.owes_validation,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -176,6 +178,7 @@ class TrainState:
         self.best_top1 = state.get("best_top1", self.best_top1)
         self.epoch_seconds = state.get("epoch_seconds", self.epoch_seconds)
         self.bad_samples = BadSamples(state.get("num_bad_samples", 0))
+        self.owes_validation = state.get("owes_validation", False)
 
 
 def _own_tensors(optimizer: torch.optim.Optimizer) -> None:

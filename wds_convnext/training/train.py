@@ -2,18 +2,23 @@
 
 import gc
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
+from pathlib import Path
 
 import click
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.errors import TrainingError
+from wds_convnext.errors import CheckpointError, TrainingError
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
 from wds_convnext.training.distributed import (
     STOPPED_EXIT_CODE,
     Machine,
+    Stopped,
+    StopRequest,
+    StopVote,
     barrier,
+    broadcast_object,
     choose_amp,
     is_lost_peer,
     join_world,
@@ -72,40 +77,68 @@ def _train(config: TrainConfig, machine: Machine) -> int:
     if warning := lr_warning(config, run.order.global_batch_size):
         warn(warning)
 
-    with (
-        rundir.status(run) as status,
-        loading(run.stream(), config.workers, machine) as batches,
-        closing(
-            RunLog(rundir.path, start_step=run.state.step, quiet=not machine.world.is_main)
-        ) as log,
-    ):
-        status.reason = fit(run, batches, log=log, rundir=rundir)
-    if status.reason != "finished":
+    with StopRequest() as request:
+        vote = StopVote(request, machine.world)
+        with (
+            rundir.status(run) as status,
+            loading(run.stream(), config.workers, machine, vote=vote) as batches,
+            closing(
+                RunLog(rundir.path, start_step=run.state.step, quiet=not machine.world.is_main)
+            ) as log,
+        ):
+            has_finished = fit(run, batches, log=log, rundir=rundir)
+            status.reason = "finished" if has_finished else request.reason
+        try:
+            if has_finished and run.validation:
+                _evaluate_best(run, rundir, vote=vote, say=say)
+        except Stopped:
+            has_finished = False
+    if not has_finished:
         say(
-            f"Stopped by {status.reason} after step {run.state.step}; "
+            f"Stopped by {request.reason} after step {run.state.step}; "
             f"saved {rundir.path / 'last.pt'}."
         )
         say(f"Continue with: wds-convnext train --resume {rundir.path}")
         return STOPPED_EXIT_CODE
-    if run.validation:
-        _evaluate_best(run, rundir, say=say)
     return 0
 
 
-def _evaluate_best(run: Run, rundir: RunDir, *, say: Callable) -> None:
+def _evaluate_best(run: Run, rundir: RunDir, *, vote: StopVote, say: Callable) -> None:
     """Evaluate the best of the run's weights as they were chosen, and say how good they are."""
-    best = load_checkpoint(rundir.path / "best.pt")
-    load_weights(run.state.model, best)
+    facts = _load_best(run, rundir.path / "best.pt", say=say)
+    chosen = "chosen on this split, so report a test split" if facts else "the last weights"
     evaluation = open_evaluation(
         run.validation.stream.dataset,
         batch_size=run.config.batch_size,
-        preprocessing=Facts.from_dict(best["facts"]).preprocessing,  # of a resumed run, its own
+        preprocessing=(facts or run.facts).preprocessing,  # of a resumed run, not its last
         machine=run.machine,
+        max_bad_samples=run.validation.max_bad_samples,
+        flag=run.validation.flag,
     )
-    with loading(evaluation.stream, run.config.workers, run.machine) as batches:
+    average = None if facts else run.state.average
+    with (
+        average.applied() if average else nullcontext(),
+        loading(evaluation.stream, run.config.workers, run.machine, vote=vote) as batches,
+    ):
         result = evaluation.run(run.recipe.forward, batches)
     low, high = result.top1_interval
     say(
         f"Final Model Accuracy: {result.top1:.2%} (validation split, n = {result.num_samples:,}, "
-        f"95 % interval {low:.2%} to {high:.2%}; chosen on this split, so report a test split)"
+        f"95 % interval {low:.2%} to {high:.2%}; {chosen})"
     )
+
+
+def _load_best(run: Run, path: Path, *, say: Callable) -> Facts | None:
+    """Load the weights of best.pt, on all ranks alike; None if it is missing or damaged."""
+    reason = None
+    if run.machine.world.is_main:
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            reason = str(error)
+    if reason := broadcast_object(reason, run.machine.world):
+        say(f"{reason} The last weights are evaluated instead.")
+        return None
+    best = load_checkpoint(path)
+    load_weights(run.state.model, best)
+    return Facts.from_dict(best["facts"])
