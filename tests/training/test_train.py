@@ -683,6 +683,37 @@ def test_flops_are_three_forward_passes_of_the_published_count(model, gmacs):
     assert training_flops(network, 224) == pytest.approx(6e9 * gmacs, rel=5e-3)
 
 
+@pytest.mark.parametrize("name", ["coat_lite_tiny", "test_vit", "test_resnet", "test_convnext"])
+def test_counting_flops_leaves_the_model_as_it_was(name):
+    """Also where a model keeps a module under two names, as CoaT does: every tensor stays."""
+    model = timm.create_model(name, num_classes=4)
+    size = model.pretrained_cfg["input_size"][1]
+    before = [*model.state_dict().items()]
+
+    assert training_flops(model, size) > 0
+
+    after = [*model.state_dict().items()]
+    assert [name for name, _ in after] == [name for name, _ in before]
+    assert all(one.data_ptr() == two.data_ptr() for (_, one), (_, two) in zip(after, before))
+    assert model.training
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(1, 3, size, size)).shape == (1, 4)
+
+
+def test_flops_that_cannot_be_counted_are_unknown():
+    """A model that looks at its values has none without data."""
+
+    class Looks(torch.nn.Module):
+        def forward(self, images):
+            return images if images.sum().item() else -images
+
+    assert training_flops(Looks(), 8) is None
+    gauges = Gauges(
+        None, peak=1e12, num_devices=1, optimizer_timer=DeviceTimer(torch.device("cpu"))
+    )
+    assert set(gauges.read(100.0)) == {"train/memory_gb"}
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [

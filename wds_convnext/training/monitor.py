@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,20 +43,24 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @torch.no_grad()
-def training_flops(model: nn.Module, image_size: int) -> int:
-    """FLOPs of training on one image: three times the forward pass's.
+def training_flops(model: nn.Module, image_size: int) -> int | None:
+    """FLOPs of training on one image: three times the forward pass's; None if uncountable.
 
     A multiply-add is 2; convolutions and matrix products are counted, elementwise work is not.
-    Counted without computing, on tensors that have no data. (Three times, because the counter
-    takes the backward pass of a depthwise convolution for a dense one's: torch 2.15.)
+    Counted without computing, on a copy whose tensors have no data. (Three times, because the
+    counter takes the backward pass of a depthwise convolution for a dense one's: torch 2.15.)
     """
-    was_training = model.training
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    tensors = [*model.parameters(), *model.buffers()]
+    without_data = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+    for parameter in model.parameters():
+        without_data[id(parameter)] = nn.Parameter(without_data[id(parameter)], False)
     image = torch.empty(1, 3, image_size, image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(model.eval(), shapes, image)
-    model.train(was_training)
+    try:
+        copy = deepcopy(model, without_data).eval()
+        with FlopCounterMode(display=False) as counter:
+            copy(image)
+    except Exception:  # whatever a model's code raises on tensors without data
+        return None
     return 3 * counter.get_total_flops()
 
 
@@ -93,22 +98,22 @@ class Gauges:
     """Turns a rate of images into what it means for the machine.
 
     Args:
-        flops_per_image: of training, see `training_flops`.
+        flops_per_image: of training, see `training_flops`; None where they are not known.
         peak: FLOP/s of one device; None where it is not known.
         num_devices: that share the images.
     """
 
-    flops_per_image: int
+    flops_per_image: int | None
     peak: float | None
     num_devices: int
     optimizer_timer: DeviceTimer
 
     def read(self, images_per_s: float) -> dict[str, float]:
         """Per device: TFLOP/s, share of the peak, optimizer time, peak memory; known ones only."""
-        flops = images_per_s * self.flops_per_image / self.num_devices
+        flops = self.flops_per_image and images_per_s * self.flops_per_image / self.num_devices
         readings = {
-            "train/tflops_per_s": flops / 1e12,
-            "train/mfu": flops / self.peak if self.peak else None,
+            "train/tflops_per_s": flops and flops / 1e12,
+            "train/mfu": flops / self.peak if flops and self.peak else None,
             "train/optimizer_ms": self.optimizer_timer.last_ms(),
             "train/memory_gb": peak_memory(self.optimizer_timer.device) / 1e9,
         }

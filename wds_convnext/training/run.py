@@ -103,6 +103,8 @@ class Run:
         else:
             validation = f"{len(self.validation.stream.dataset):,} for validation"
         amp = "float32" if machine.amp == "off" else machine.amp
+        flops = self.gauges.flops_per_image
+        work = "an unknown number of FLOP" if flops is None else f"{flops / 1e9:.3g} GFLOP"
         peak = f"{self.gauges.peak / 1e12:.0f} TFLOP/s" if self.gauges.peak else "not known"
         return (
             f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {data.name}: "
@@ -111,8 +113,7 @@ class Run:
             f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
             f"global batch {order.global_batch_size}, on {machine.world.size} x {machine.device}, "
             f"{amp}, {'compiled' if machine.compiled else 'not compiled'}\n"
-            f"{self.gauges.flops_per_image / 1e9:.3g} GFLOP per training image; peak of the device "
-            f"{peak}"
+            f"{work} per training image; peak of the device {peak}"
         )
 
 
