@@ -1,9 +1,13 @@
 """Models by name, starting weights that fit or are refused, and the average of the weights."""
 
+import argparse
 import copy
+import re
+import time
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -78,8 +82,9 @@ def test_a_model_without_stochastic_depth_says_so():
 
 def test_an_image_size_that_a_model_cannot_take_is_found_at_once():
     """A vision transformer takes the one it was made for; a convolutional network is lenient."""
-    with pytest.raises(UsageError, match="--image-size 31: the model cannot take it"):
-        check_image_size(make("test_vit"), 31)
+    for name, size, made_for in [("test_vit", 31, 160), ("vit_tiny_patch16_224", 64, 224)]:
+        with pytest.raises(UsageError, match=f"--image-size {size}: .*Use {made_for}, which it"):
+            check_image_size(make(name), size)
     check_image_size(make("test_vit"), 160)
     check_image_size(make(), 64)
 
@@ -181,6 +186,94 @@ def test_safetensors_are_read(tmp_path):
     init_from(model, path)
 
     assert_same_weights(model.state_dict(), source.state_dict())
+
+
+def as_timms_script_saves(weights: dict) -> dict:
+    """What timm's train.py writes with --model-ema."""
+    args = argparse.Namespace(model="test_convnext", lr=0.1, mean=None, opt_betas=[0.9, 0.99])
+    older = {key: value - 1 for key, value in weights.items()}
+    return {"epoch": 3, "args": args, "state_dict": older, "state_dict_ema": weights, "version": 2}
+
+
+def as_facebookresearch_saves(weights: dict) -> dict:
+    """ConvNeXt's main.py: its names for the tensors, and its options."""
+    rules = {
+        r"^stem\.": "downsample_layers.0.",
+        r"^stages\.(\d)\.downsample\.": r"downsample_layers.\1.",
+        r"^stages\.(\d)\.blocks\.": r"stages.\1.",
+        r"conv_dw": "dwconv",
+        r"mlp\.fc": "pwconv",
+        r"^head\.norm\.": "norm.",
+        r"^head\.fc\.": "head.",
+    }
+    renamed = {}
+    for key, value in weights.items():
+        for pattern, name in rules.items():
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return {"model": renamed, "args": argparse.Namespace(drop_path=0.1), "epoch": 299}
+
+
+@pytest.mark.parametrize("saved", [as_timms_script_saves, as_facebookresearch_saves])
+def test_checkpoints_of_other_trainers_are_read(tmp_path, saved):
+    """With the options of their scripts inside, and their names for the same tensors."""
+    path = str(tmp_path / "checkpoint.pth.tar")
+    source, model = make(seed=1), make(seed=2)
+    torch.save(saved(source.state_dict()), path)
+
+    init_from(model, path)
+
+    assert_same_weights(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "resnet18"])
+def test_torchvisions_weights_compute_what_they_do_there(tmp_path, name):
+    """Logits equal to rounding, the names of the tensors translated."""
+    path = str(tmp_path / "weights.pth")
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(name, num_classes=3).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    torch.save(theirs.state_dict(), path)
+    model = create_model(name, num_classes=3)
+
+    init_from(model, path)
+
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), theirs(images), rtol=1e-3, atol=1e-4)
+
+
+class Options:
+    """A class of some script's own."""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"model": {}, "cfg": Options()}, "it holds test_model.Options, which could run code"),
+        ({"model": {}, "when": time.gmtime()}, "it holds time.struct_time, which could run code"),
+    ],
+)
+def test_what_torch_refuses_to_load_is_named(tmp_path, content, reason):
+    """In one plain line, without the escape codes of torch's own message."""
+    path = str(tmp_path / "weights.pth")
+    torch.save(content, path)
+
+    with pytest.raises(CheckpointError) as error:
+        init_from(make(), path)
+
+    assert reason in str(error.value) and "save its tensors alone" in str(error.value)
+    assert str(error.value).isprintable() and "\\x1b" not in str(error.value)
+
+
+def test_names_that_are_not_timms_are_said_to_be(tmp_path):
+    path = str(tmp_path / "weights.pth")
+    torch.save({"encoder.layer.0.w": torch.ones(2)}, path)
+
+    with pytest.raises(CheckpointError, match="give encoder.layer.0.w and all others the names"):
+        init_from(make(), path)
 
 
 def deeper() -> dict:

@@ -1,15 +1,12 @@
 """Models by timm's names, their starting weights, and compilation."""
 
-import os
-import re
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from wds_convnext.errors import CheckpointError, UsageError, did_you_mean
-
-_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile's, DistributedDataParallel's
+from wds_convnext.training.weights import read_weights
 
 
 def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) -> nn.Module:
@@ -69,14 +66,15 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
         model(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        made_for = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[1]
+        advice = f"Use {made_for}, which it was made for." if made_for else "Use a multiple of 32."
         raise UsageError(
-            f"--image-size {image_size}: the model cannot take it ({reason}). "
-            "Use a multiple of 32, or the size the model was made for."
+            f"--image-size {image_size}: the model cannot take it ({reason}). {advice}"
         ) from None
 
 
 def init_from(model: nn.Module, path: str) -> str:
-    """Start from a timm state dict (a `.pt`/`.pth` file, or a checkpoint of ours, or safetensors).
+    """Start from a file of weights (`.pt`, `.pth`, `.safetensors`), see `read_weights`.
 
     A classifier of another number of classes is left fresh.
 
@@ -85,7 +83,7 @@ def init_from(model: nn.Module, path: str) -> str:
     Raises:
         CheckpointError: if it cannot be read or belongs to another model.
     """
-    weights = _read_weights(path)
+    weights = read_weights(path, model)
     own = model.state_dict()
     fits = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     head = set(_head_keys(model))
@@ -97,10 +95,13 @@ def init_from(model: nn.Module, path: str) -> str:
             tuple(tensors[first].shape) if first in tensors else "none"
             for tensors in (own, weights)
         )
+        advice = "Choose the --model it was saved from."
+        if weights and not weights.keys() & own.keys():
+            advice = f"Choose the --model it was saved from, or give {next(iter(weights))} and all "
+            advice += "others the names that timm has for them."
         raise CheckpointError(
             f"--init-from {path}: weights of another model: {len(misfits)} tensors do not fit the "
-            f"{len(own)} of this one, first {first} (expected {expected}, found {found}). "
-            "Choose the --model it was saved from."
+            f"{len(own)} of this one, first {first} (expected {expected}, found {found}). " + advice
         )
     model.load_state_dict(fits, strict=False)
     fresh = [key for key in own if key not in fits]
@@ -113,31 +114,3 @@ def _head_keys(model: nn.Module) -> list[str]:
     heads = heads if isinstance(heads, tuple) else (heads,)
     prefixes = tuple(name + "." for name, module in model.named_modules() if module in heads)
     return [key for key in model.state_dict() if key.startswith(prefixes)]
-
-
-def _read_weights(path: str) -> dict[str, torch.Tensor]:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"--init-from {path}: no such file. Give a timm state dict.")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file  # a dependency of timm
-
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle make the unpickler raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"--init-from {path}: not a readable state dict ({reason}). Give a timm state dict."
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"--init-from {path}: holds a {type(content).__name__}, no state dict."
-        )
-    # Averages come last: ours hold parameters only, so they lie over the model they belong to.
-    names = ("model_state_dict", "state_dict", "model", "state_dict_ema", "ema")
-    wrapped = [content[name] for name in names if isinstance(content.get(name), dict)]
-    weights = {}
-    for state in wrapped or [content]:
-        weights |= {_WRAPPERS.sub("", str(key)): value for key, value in state.items()}
-    return {key: value for key, value in weights.items() if torch.is_tensor(value)}
