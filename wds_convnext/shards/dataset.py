@@ -112,6 +112,11 @@ class Dataset:
         facts = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in self.shards]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
+    @cached_property
+    def digest_without_sums(self) -> str:
+        """The digest that the same files have without a manifest's checksums."""
+        return replace(self, shards=tuple(replace(s, sha256=None) for s in self.shards)).digest
+
     def locate(self, number: int) -> tuple[int, int]:
         """The shard that holds a sample, and the sample's number in it."""
         shard = bisect_right(self._starts, number) - 1  # right: passes over empty shards

@@ -6,8 +6,10 @@ compared with the sample's checksum, so neither is a flipped bit, a swapped labe
 other shards. A `pread` per sample costs about 17 us; iterating over a tar costs 107-141 us.
 """
 
+import errno
 import json
 import os
+import resource
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -24,15 +26,22 @@ if TYPE_CHECKING:
 
 _MUCH = 1 << 26  # bytes; more are only read where the file has them
 OTHER_FIELD = "wds-convnext index --label-field names another field."
+_MAX_OPEN = 256
 _MAX_GAP = 8192  # bytes; an image and a label that are nearer than this are read together
 
 
 class SampleReader:
-    """Reads the samples of a data set by number; keeps at most `max_open` shards open."""
+    """Reads the samples of a data set by number; keeps at most `max_open` shards open.
 
-    def __init__(self, dataset: "Dataset", *, max_open: int = 256):
+    Args:
+        max_open: default: 256, or a fourth of what the process may open (`ulimit -n`).
+    """
+
+    def __init__(self, dataset: "Dataset", *, max_open: int | None = None):
         self.dataset = dataset
-        self.max_open = max_open
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        few = limit != resource.RLIM_INFINITY and limit < 4 * _MAX_OPEN
+        self.max_open = max_open or (max(1, limit // 4) if few else _MAX_OPEN)
         self.num_opened = 0
         self._files: OrderedDict[int, int] = OrderedDict()
 
@@ -166,7 +175,11 @@ class SampleReader:
 
     def _pread(self, shard: int, num_bytes: int, start: int) -> bytes:
         path = self.dataset.shards[shard].path
-        return read_whole(self._file(shard), num_bytes, start, path=path)
+        try:
+            return read_whole(self._file(shard), num_bytes, start, path=path)
+        except _StaleError:  # the file server has begun again; opened again, it is there
+            os.close(self._files.pop(shard))
+            return read_whole(self._file(shard), num_bytes, start, path=path)
 
     def _member(self, shard: int, member: tuple[int, int], span: bytes, start: int) -> bytes:
         """The data of a member (offset, bytes) within `span`, the shard's bytes from `start`."""
@@ -200,6 +213,10 @@ def open_shard(shard: Shard) -> int:
     return file
 
 
+class _StaleError(ShardError):
+    """A descriptor that its file server does not know any more."""
+
+
 def read_whole(file: int, num_bytes: int, start: int, *, path: str) -> bytes:
     """So many bytes of a file, from a start on; fewer only where the file ends.
 
@@ -212,7 +229,8 @@ def read_whole(file: int, num_bytes: int, start: int, *, path: str) -> bytes:
         return read_at(file, num_bytes, start)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", "no such byte")
-        raise ShardError(
+        is_stale = getattr(error, "errno", None) == errno.ESTALE
+        raise (_StaleError if is_stale else ShardError)(
             f"{path}: byte {start:,} cannot be read ({reason}). "
             "Look at the disk or network that holds it."
         ) from None

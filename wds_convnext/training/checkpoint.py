@@ -7,10 +7,10 @@ a line with the SHA-256 of the archive; it is checked where it is found.
 
 import hashlib
 import os
-import pickle
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, BinaryIO, NamedTuple
 
@@ -95,7 +95,7 @@ class Facts:
             return cls(**known)
         except KeyError as error:
             reason = f"say nothing of {error}"
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             reason = f"cannot be read: {error}"
         raise CheckpointError(
             f"The checkpoint's facts {reason}. Read it with the version of wds-convnext that "
@@ -163,10 +163,11 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         content = torch.load(os.fspath(path), map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a pickle that was not written by us makes it raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{path}: whole, but holds more than weights and plain values "
-            f"({str(error).splitlines()[0]}). It was not written by this version."
+            f"{path}: whole, but holds more than weights and plain values ({reason}). "
+            "It was not written by this version."
         ) from None
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(
@@ -225,6 +226,20 @@ def _sha256(file: BinaryIO, num_bytes: int) -> str:
         digest.update(block)
         num_bytes -= len(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def taking_over() -> Iterator[None]:
+    """Within this context, values of a checkpoint that do not fit are an error of it."""
+    try:
+        yield
+    except KeyError as error:
+        reason = f"holds no {error}"
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"does not fit: {' '.join(str(error).split())}"
+    else:
+        return
+    raise CheckpointError(f"The checkpoint {reason[:300]}. Use another one of the run.")
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -61,18 +61,53 @@ def join_world(device_name: str, *, timeout_s: float = 600) -> tuple[World, torc
     Raises:
         UsageError: if the device is not there.
     """
-    world = World(
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-        int(os.environ.get("LOCAL_RANK", 0)),
-    )
+    world = _announced_world()
     device = _choose_device(device_name, world)
     if world.size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except (RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"rank {world.rank}: the {world.size} processes of the run do not find each other "
+                f"({str(error).splitlines()[0]}). {_TORCHRUN}"
+            ) from None
     return world, device
+
+
+_TORCHRUN = (
+    "Start several processes with torchrun; for one, unset RANK, WORLD_SIZE and LOCAL_RANK, which "
+    "another job has left."
+)
+# What other launchers announce to each of the processes that they start; srun and mpirun.
+_TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def _announced_world() -> World:
+    """What torchrun says in the environment, or one process.
+
+    Raises:
+        UsageError: if it makes no sense, or another launcher has started several processes.
+    """
+    said = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if said["WORLD_SIZE"] is None:
+        for name in _TASK_COUNTS:
+            if os.environ.get(name, "1") != "1":
+                raise UsageError(
+                    f"{name}={os.environ[name]}: so many processes were started, but not by "
+                    "torchrun, so each would train alone. Start one torchrun on each machine."
+                )
+    rank, size, local_rank = (
+        int(text) if (text or "").isdecimal() else None if text else default
+        for text, default in zip(said.values(), (0, 1, 0))
+    )
+    needs = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if None in (rank, size, local_rank) or rank >= size or (size > 1 and needs):
+        found = ", ".join(f"{name}={text}" for name, text in said.items() if text is not None)
+        raise UsageError(f"{found}: not what torchrun sets. {_TORCHRUN}")
+    return World(rank, size, local_rank)
 
 
 def _choose_device(name: str, world: World) -> torch.device:
@@ -118,6 +153,12 @@ def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone or did not come."""
     told = str(error)
     return isinstance(error, dist.DistError) or "gloo" in told or "NCCL" in told
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether memory, of the device or of the machine, was asked for in vain."""
+    is_of_torch = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return is_of_torch or isinstance(error, MemoryError)
 
 
 def leave_world(world: World) -> None:

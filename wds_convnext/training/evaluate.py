@@ -20,7 +20,7 @@ from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Normalizer
-from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
+from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights, taking_over
 from wds_convnext.training.distributed import (
     Machine,
     World,
@@ -239,7 +239,8 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]
         path = best_checkpoint(config.checkpoint)
         checkpoint = load_checkpoint(path)
         try:
-            facts = Facts.from_dict(checkpoint.get("facts", {}))
+            with taking_over():
+                step, facts = checkpoint["step"], Facts.from_dict(checkpoint["facts"])
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         spec = config.shards or facts.val_shards
@@ -248,12 +249,13 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]
         dataset = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
         dataset = with_classes(dataset, facts.class_names, of=str(path))
         model = create_model(facts.model, num_classes=facts.num_classes).to(device)
-        load_weights(model, checkpoint)
+        with taking_over():
+            load_weights(model, checkpoint)
         about = {
             "model": facts.model,
             "weights": "ema" if checkpoint.get("ema") else "model",
             "checkpoint": str(path),
-            "step": checkpoint["step"],
+            "step": step,
             "dataset": dataset.name,
             "split": dataset.split,
         }

@@ -1,5 +1,6 @@
 """Models by timm's names, their starting weights, and compilation."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -70,6 +71,21 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
         advice = f"Use {made_for}, which it was made for." if made_for else "Use a multiple of 32."
         raise UsageError(
             f"--image-size {image_size}: the model cannot take it ({reason}). {advice}"
+        ) from None
+
+
+@torch.no_grad()
+def check_batch_of_one(model: nn.Module, image_size: int) -> None:
+    """Train a copy of a model on one blank image, which BatchNorm may not take.
+
+    Raises:
+        UsageError: if the model needs more images than one.
+    """
+    try:
+        copy.deepcopy(model).train()(torch.zeros(1, 3, image_size, image_size))
+    except ValueError as error:
+        raise UsageError(
+            f"--batch-size 1: the model takes statistics over a batch ({error}). Use at least 2."
         ) from None
 
 

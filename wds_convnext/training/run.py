@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 import wds_convnext
 from wds_convnext.config import TrainConfig
+from wds_convnext.errors import ShardError
 from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
@@ -22,10 +23,8 @@ from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
-from wds_convnext.training.checkpoint import DataFacts, Facts
-from wds_convnext.training.distributed import (
-    Machine,
-)
+from wds_convnext.training.checkpoint import DataFacts, Facts, taking_over
+from wds_convnext.training.distributed import Machine
 from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.monitor import Gauges, build_gauges
@@ -137,13 +136,18 @@ def open_run(
         shuffle_buffer=config.shuffle_buffer,
     )
     facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
-    state, notes = build_state(config, num_classes=train_data.num_classes, machine=machine)
+    if then and then.data.shards == train_data.digest_without_sums:  # they were indexed since
+        facts = replace(facts, data=replace(facts.data, shards=then.data.shards))
+    state, notes = build_state(
+        config, num_classes=train_data.num_classes, machine=machine, is_resumed=then is not None
+    )
     notes += [
         _without_checksums(x) for x in (train_data, val_data) if x and not x.index.has_checksums
     ]
     if then:
         check_resumable(then, facts, warn=warn)
-        state.load_state_dict(checkpoint)
+        with taking_over():
+            state.load_state_dict(checkpoint)
         notes.append(f"Resumed at step {state.step}.")
     # After loading: DDP hands the main rank's weights to the others when it is made.
     recipe = build_recipe(
@@ -235,6 +239,11 @@ def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | No
         classes = _shared_classes(train_data, val_data)
         train_data = with_classes(train_data, classes, of=spec)
         val_data = with_classes(val_data, classes, of=config.shards)
+    if train_data.num_classes < 2:
+        raise ShardError(
+            f"{config.shards}: all {len(train_data):,} samples are of one class, so there is "
+            "nothing to learn. Look at their labels: wds-convnext inspect."
+        )
     if config.check_shards:
         for dataset in filter(None, (train_data, val_data)):
             name = f"Checking {dataset.split}"

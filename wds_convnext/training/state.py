@@ -14,7 +14,12 @@ from wds_convnext.stream.stream import Batch
 from wds_convnext.training.adamp import AdamP, parameter_groups
 from wds_convnext.training.distributed import Machine, World, gather_lists
 from wds_convnext.training.ema import WeightAverage
-from wds_convnext.training.model import check_image_size, create_model, init_from
+from wds_convnext.training.model import (
+    check_batch_of_one,
+    check_image_size,
+    create_model,
+    init_from,
+)
 
 
 @dataclass(frozen=True)
@@ -200,15 +205,22 @@ def keep_lr_on_device(optimizer: torch.optim.Optimizer, device: torch.device) ->
 
 
 def build_state(
-    config: TrainConfig, *, num_classes: int, machine: Machine
+    config: TrainConfig, *, num_classes: int, machine: Machine, is_resumed: bool = False
 ) -> tuple[TrainState, list[str]]:
-    """A fresh state on the device, and sentences about what it started from."""
+    """A fresh state on the device, and sentences about what it started from.
+
+    Args:
+        is_resumed: a checkpoint's weights follow, so none are looked for in --init-from.
+    """
     torch.manual_seed(config.seed)
     model = create_model(
         config.model, num_classes=num_classes, drop_path_rate=config.drop_path_rate
     )
     check_image_size(model, config.image_size)
-    notes = [init_from(model, config.init_from)] if config.init_from else []
+    if config.batch_size == 1:
+        check_batch_of_one(model, config.image_size)
+    starts_from = None if is_resumed else config.init_from
+    notes = [init_from(model, starts_from)] if starts_from else []
     model = model.to(machine.device, memory_format=torch.channels_last)
     groups = parameter_groups(model, weight_decay=config.weight_decay)
     optimizer = AdamP(groups, lr=config.lr)

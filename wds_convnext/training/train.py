@@ -21,6 +21,7 @@ from wds_convnext.training.distributed import (
     broadcast_object,
     choose_amp,
     is_lost_peer,
+    is_out_of_memory,
     join_world,
     leave_world,
 )
@@ -49,7 +50,12 @@ def train(config: TrainConfig | None = None, **options) -> int:
     try:
         compiled = device.type == "cuda" if config.compile is None else config.compile
         return _train(config, Machine(world, device, choose_amp(config.amp, device), compiled))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise TrainingError(
+                f"Out of memory ({str(error).split('. ')[0]}). Use a smaller --batch-size, with "
+                "--accumulate for the same global batch."
+            ) from None
         if world.size == 1 or not is_lost_peer(error):
             raise
         raise TrainingError(
