@@ -57,6 +57,8 @@ def read_at(file: int, num_bytes: int, offset: int) -> bytes:
 
 def unwritable(path: str | os.PathLike, error: OSError | RuntimeError) -> str:
     """The sentences about a file that cannot be written: why, and what to do."""
+    if isinstance(error.__context__, OSError):  # torch.save's RuntimeError says less
+        error = error.__context__
     number = getattr(error, "errno", None)
     reason = error.strerror if number else str(error).splitlines()[0]
     advice = "Look at the disk that holds it."

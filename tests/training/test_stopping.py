@@ -129,7 +129,8 @@ def test_ctrl_c_with_tee_saves(shards, tmp_path):
     words = " ".join(f"'{word}'" for word in command)
     script = f"set -o pipefail; {words} 2>&1 | tee {tmp_path / 'log'}"
     process = start(["bash", "-c", f"trap : INT; {script}"])
-    wait_until(lambda: "Epoch 3" in (tmp_path / "log").read_text(), process)
+    log = tmp_path / "log"
+    wait_until(lambda: log.exists() and "Epoch 3" in log.read_text(), process)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=HANG_S)
 
