@@ -95,7 +95,7 @@ class Facts:
             return cls(**known)
         except KeyError as error:
             reason = f"say nothing of {error}"
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
             reason = f"cannot be read: {error}"
         raise CheckpointError(
             f"The checkpoint's facts {reason}. Read it with the version of wds-convnext that "

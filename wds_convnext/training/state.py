@@ -163,6 +163,8 @@ class TrainState:
         needed = {"model", "optimizer", "step"} | ({"ema"} if self.average else set())
         if missing := sorted(name for name in needed if state.get(name) is None):
             raise CheckpointError(f"The checkpoint holds no {', '.join(missing)}.")
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}")
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.load_state_dict(state["ema"])
