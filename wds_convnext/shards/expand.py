@@ -19,6 +19,8 @@ from wds_convnext.shards.naming import (
 )
 from wds_convnext.shards.spec import is_manifest, load_manifest, manifest_path, manifests_in
 
+_MAX_COMMAS = 8  # in the name of a file or folder
+
 
 def expand_spec(spec: str, *, allow_missing: bool = False, use: str = "train") -> list[str]:
     """The shard files that a spec names, in order.
@@ -44,7 +46,7 @@ def expand_shards(
     None where only the shard is named; its manifest, if any, is then found by its name.
     """
     found = []
-    for part in map(local_path, _split_commas(spec)):
+    for part in _parts(spec):
         manifest = _named_manifest(part, use)
         found += [(path, manifest) for path in _expand_part(part, allow_missing, use)]
     if not found:
@@ -64,16 +66,39 @@ def _named_manifest(part: str, use: str) -> str | None:
     return manifest if manifest and is_manifest(manifest) else None
 
 
-def _split_commas(spec: str) -> list[str]:
-    """The parts of a comma list; a comma inside braces belongs to its part."""
-    parts, depth = [""], 0
+def absolute_spec(spec: str) -> str:
+    """A spec that names the same from any working directory."""
+    return ",".join(map(os.path.abspath, _parts(spec)))
+
+
+def _parts(spec: str) -> list[str]:
+    """The local paths and patterns of a comma list.
+
+    A comma inside braces belongs to its part, and so does one in the name of a file or folder that
+    is there.
+    """
+    pieces, depth = [""], 0
     for char in spec:
         depth += (char == "{") - (char == "}")
         if char == "," and depth == 0:
-            parts.append("")
+            pieces.append("")
         else:
-            parts[-1] += char
-    return [part.strip() for part in parts if part.strip()]
+            pieces[-1] += char
+    parts = []
+    while pieces:
+        for num in range(min(len(pieces), _MAX_COMMAS + 1), 0, -1):
+            part = local_path(",".join(pieces[:num]).strip())
+            if num == 1 or _is_there(part):
+                break
+        del pieces[:num]
+        parts += [part] if part else []
+    return parts
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is a file or folder with such commas, or one for files that match a pattern."""
+    folder = os.path.dirname(path)
+    return os.path.exists(path) or ("," in folder and os.path.isdir(folder))
 
 
 def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
@@ -197,7 +222,7 @@ def local_path(url: str) -> str:
     """
     scheme = re.match(r"([a-z][a-z0-9+]*)://|(pipe):", url)
     if not scheme or scheme[1] == "file":
-        return url.removeprefix("file://")
+        return os.path.expanduser(url.removeprefix("file://"))
     if scheme[2]:
         raise ShardError(f"{url}: pipes run a shell, so they are not read. Name files.")
     raise ShardError(f"{url}: {scheme[1]} shards cannot be read. Copy them to a local folder.")

@@ -16,7 +16,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.expand import find_validation
+from wds_convnext.shards.expand import absolute_spec, find_validation
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.loader import num_cores, num_workers
@@ -129,6 +129,7 @@ def open_run(
         config = fit_to_checkpoint(config, then, machine.world)
     num_workers(config.workers, ranks=machine.world.size)  # refuses too many
     train_data, val_data, val_spec = _open_splits(config)
+    config = _with_absolute_paths(config)
     order = TrainOrder(
         train_data.sizes,
         seed=config.seed,
@@ -191,6 +192,16 @@ def open_run(
     return run, notes
 
 
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The config as a resume from another working directory can use it."""
+    return replace(
+        config,
+        shards=absolute_spec(config.shards),
+        val_shards=config.val_shards and absolute_spec(config.val_shards),
+        init_from=config.init_from and os.path.abspath(config.init_from),
+    )
+
+
 def _facts(
     config: TrainConfig,
     machine: Machine,
@@ -213,7 +224,7 @@ def _facts(
             num_lanes=order.num_lanes,
         ),
         dataset=train_data.name,
-        val_shards=val_spec and os.path.abspath(val_spec),
+        val_shards=val_spec and absolute_spec(val_spec),
         environment={
             "wds_convnext": wds_convnext.__version__,
             "torch": str(torch.__version__),
