@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -49,7 +50,8 @@ class IndexReport:
             num_bytes = sum(shard.num_bytes for shard in manifest.shards)
             lines.append(
                 f"{path}: {len(manifest):,} samples, {len(manifest.class_names)} classes, "
-                f"{len(manifest.shards)} shards, {num_bytes / 1e6:,.1f} MB"
+                f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}, "
+                f"{num_bytes / 1e6:,.1f} MB"
             )
             unused = [f"{name} {number:,}" for name, number in self.unused[path].most_common()]
             if unused:
@@ -57,7 +59,7 @@ class IndexReport:
         lines.append(f"{self.seconds:.1f} s")
         for path in self.manifests:
             if not is_held_out(Path(path).stem):
-                return "\n".join([*lines, f"next: wds-convnext train --shards {path}"])
+                return "\n".join([*lines, f"next: wds-convnext train --shards {quote(path)}"])
         return "\n".join(lines)
 
     def to_json(self) -> dict:

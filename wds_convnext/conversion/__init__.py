@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
@@ -32,11 +33,12 @@ class ConversionReport:
         lines = [line for split in self.splits for line in split.lines()]
         lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         lines.append(f"{self.seconds:.1f} s")
-        lines.append(f"next: wds-convnext verify {self.out}")
+        lines.append(f"next: wds-convnext verify {quote(self.out)}")
         trainable = [split for split in self.splits if not is_held_out(split.split)]
         if trainable:
             first = max(trainable, key=lambda split: split.num_bytes)
-            lines.append(f"      wds-convnext train --shards {Path(self.out, first.split)}.json")
+            manifest = quote(f"{Path(self.out, first.split)}.json")
+            lines.append(f"      wds-convnext train --shards {manifest}")
         return "\n".join(lines)
 
 

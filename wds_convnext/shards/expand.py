@@ -185,7 +185,9 @@ def _unlisted(found: list[str], pattern: str) -> list[str]:
 
 
 def _nothing(part: str) -> list[str]:
-    folder = os.path.dirname(re.split(r"[<{*?\[]", part)[0])
+    folder = part
+    if not os.path.isdir(part):
+        folder = os.path.dirname(re.split(r"[<{*?\[]", part)[0])
     if not os.path.isdir(folder or "."):
         raise ShardError(
             f"{part}: no shard matches: there is no folder {folder}. "

@@ -12,6 +12,7 @@ from wds_convnext.shards.reader import OTHER_FIELD, cut_member, open_shard, pars
 from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, Member
 
+_OTHER_FORMATS = ("tif", "tiff", "avif", "heic", "heif", "jxl", "jp2", "ppm", "svg", "npy")
 _NUMBERED_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
 _MAX_BYTES = 1 << 30  # of an image or a label: 6 bytes for each pixel that one may have
 MAX_CLASSES = 1_000_000  # a label beyond it is an identifier, not a class number
@@ -107,10 +108,12 @@ def _image_and_label(path: str, members: list[Member]) -> tuple[Member, Member]:
     label = next((by_extension[e] for e in LABEL_EXTENSIONS if e in by_extension), None)
     if image is None or label is None:
         expected = "image" if image is None else ".cls or .json label"
+        other = next((e for e in by_extension if e in _OTHER_FORMATS), None)
+        advice = f" Convert .{other} to JPEG, PNG or WebP." if image is None and other else ""
         raise ShardError(
             f"{path}, key {members[0].key}: no {expected} "
             f"(found {listing('.' + printable(e) for e in by_extension)}). "
-            "Training needs an image and a label in every sample."
+            f"Training needs an image and a label in every sample.{advice}"
         )
     for member in members:
         if _NUMBERED_PICTURE.fullmatch(member.extension):
