@@ -404,6 +404,19 @@ def test_an_index_knows_images_and_labels_of_any_kind_and_order(tmp_path, extens
     assert sample.label == 12
 
 
+def test_a_picture_of_gigabytes_is_refused_by_its_size(tmp_path):
+    """Before a byte of it is read; the file is sparse."""
+    picture, label = tarfile.TarInfo("a.jpg"), tarfile.TarInfo("a.cls")
+    picture.size, label.size = 3 << 30, 1
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(picture.tobuf(tarfile.GNU_FORMAT))
+        file.seek(picture.size, os.SEEK_CUR)
+        file.write(label.tobuf(tarfile.GNU_FORMAT) + b"0" + bytes(511 + 1024))
+
+    with pytest.raises(ShardError, match="a.jpg has 3,221,225,472 bytes, more than"):
+        list(scan_shard(str(tmp_path / "a.tar"), read_samples(str(tmp_path / "a.tar"))))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -416,6 +429,12 @@ def test_an_index_knows_images_and_labels_of_any_kind_and_order(tmp_path, extens
             ["img.001.jpg", "img.cls"],
             "a.tar, key img: no image (found .001.jpg, .cls). "
             "Training needs an image and a label in every sample.",
+        ),
+        (
+            ["a.tiff", "a.cls"],
+            "a.tar, key a: no image (found .tiff, .cls). "
+            "Training needs an image and a label in every sample. "
+            "Convert .tiff to JPEG, PNG or WebP.",
         ),
         (
             ["a.jpg", "a.cls", "b.jpg", "b.json"],

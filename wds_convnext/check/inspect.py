@@ -22,7 +22,7 @@ from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.shards.image import ImageSurvey, inspect_image
-from wds_convnext.shards.naming import is_held_out
+from wds_convnext.shards.naming import find_files, is_held_out
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import read_samples
 from wds_convnext.shards.spec import Shard, check_size
@@ -178,7 +178,7 @@ def inspect(
 def _names_parquet(spec: str) -> bool:
     if not os.path.isdir(spec):
         return spec.endswith(".parquet")
-    return not any(Path(spec).glob("*.tar")) and any(Path(spec).glob("**/*.parquet"))
+    return not find_files(os.path.join(spec, "*.tar")) and any(Path(spec).glob("**/*.parquet"))
 
 
 @dataclass(frozen=True)

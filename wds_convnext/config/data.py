@@ -45,10 +45,16 @@ class ShardsConfig(Config):
     )
     seed: int = option(0, "Seed of the shuffle.", group="Order", type=SEED)
     image_column: str | None = option(
-        None, "Column of images. Default: found by its type.", group="Input"
+        None,
+        "Column of images. Default: the one that Hugging Face's features state, or of a usual "
+        "name, or the only one of bytes.",
+        group="Input",
     )
     label_column: str | None = option(
-        None, "Column of labels. Default: found by its type.", group="Input"
+        None,
+        "Column of labels. Default: the one that Hugging Face's features state, or of a usual "
+        "name (label, target, class, cls, …).",
+        group="Input",
     )
     check: str = option(
         "header",

@@ -29,8 +29,8 @@ class TrainConfig(Config):
     shards: str | None = option(
         None,
         "Training shards: 'data/train-<000..012>.tar', "
-        "'data/train-{000..012}.tar', a glob, a folder, a manifest, or a comma "
-        "list.",
+        "'data/train-{000..012}.tar', a glob, a manifest, a folder (its training split), or a "
+        "comma list.",
         group="Data",
     )
     val_shards: str | None = option(
@@ -260,7 +260,8 @@ class EvalConfig(Config):
     )
     shards: str | None = option(
         None,
-        "Shards to evaluate on. Default: those that the run was validated on.",
+        "Shards to evaluate on; of a folder its validation split. Default: those that the run was "
+        "validated on.",
         group="Evaluation",
     )
     batch_size: int = option(160, "Samples per batch and process.", group="Evaluation", type=COUNT)

@@ -35,6 +35,10 @@ class Columns:
     label: str
     class_names: tuple[str, ...] | None
 
+    def __str__(self) -> str:
+        kind = " (a struct)" if self.image_is_struct else ""
+        return f"images in {self.image}{kind}, labels in {self.label}"
+
     @property
     def leaves(self) -> list[str]:
         """The parquet columns to read."""

@@ -8,6 +8,7 @@ from wds_convnext.conversion.parquet import ParquetSplit, open_split
 from wds_convnext.conversion.rows import read_labels
 from wds_convnext.conversion.sources import find_splits
 from wds_convnext.errors import DataError, UsageError
+from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.naming import purpose
 
 _MAX_CLASSES = 1_000_000
@@ -77,9 +78,10 @@ def find_class_names(
     """
     parts = [part for split in splits for part in split.parts]
     for part in parts:
-        if part.columns.class_names != parts[0].columns.class_names:
+        names, others = parts[0].columns.class_names or (), part.columns.class_names or ()
+        if difference := class_difference(names, others):
             raise DataError(
-                f"{parts[0].path} and {part.path}: their class names differ. "
+                f"{parts[0].path} and {part.path}: their class names differ: {difference}. "
                 "Convert them into separate folders."
             )
     if parts[0].columns.class_names:

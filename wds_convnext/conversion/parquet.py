@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from wds_convnext.conversion.columns import Columns, find_columns
 from wds_convnext.errors import DataError
+from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.sniff import sniff
 
 # What pyarrow raises on damaged files. Names in a footer need not be text.
@@ -87,11 +88,14 @@ def open_split(
         UsageError: if the columns cannot be told.
     """
     parts = tuple(_open_part(path, image, label) for path in paths)
+    first = parts[0].columns
     for part in parts:
-        if part.columns != parts[0].columns:
+        if part.columns != first:
+            names, others = part.columns.class_names or (), first.class_names or ()
+            difference = class_difference(names, others) or f"{part.columns} here, {first} there"
             raise DataError(
-                f"{part.path}: its columns or class names differ from those of {parts[0].path}. "
-                "Convert them into separate folders."
+                f"{part.path}: its columns or class names differ from those of {parts[0].path}: "
+                f"{difference}. Convert them into separate folders."
             )
     return ParquetSplit(name, parts)
 

@@ -216,7 +216,7 @@ def evaluate(
         DataError: if more samples do not decode.
     """
     if isinstance(dataset, str):
-        dataset = open_dataset(dataset)
+        dataset = open_dataset(dataset, use="validation")
     device = next(model.parameters()).device
     evaluation = open_evaluation(
         dataset,
