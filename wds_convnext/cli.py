@@ -80,8 +80,8 @@ def train(ctx: click.Context, **options) -> None:
     With no option but --shards it is the article's run: convnext_base, 300 epochs.
 
     Exit codes: 0 finished; 75 stopped by SIGINT, SIGTERM, SIGHUP or SIGUSR1 with last.pt saved,
-    to be continued with --resume; 2 usage or data error, explained in one line; 130 stopped at once by a
-    second Ctrl-C.
+    to be continued with --resume; 2 usage or data error, explained in one line; 130 stopped at
+    once by a second Ctrl-C.
     """
     if options["resume"]:
         options |= _options_of_the_run(ctx, options)
