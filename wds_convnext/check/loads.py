@@ -14,7 +14,7 @@ from wds_convnext.check.measure import LoaderCost, measure_loader
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.stream.loader import PREFETCH
+from wds_convnext.stream.loader import NUM_SLOTS
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream, make_loader
 from wds_convnext.stream.transforms import TrainTransform
@@ -100,7 +100,7 @@ class Loads:
                 num_images=num_batches * self.batch_size,
                 warmup_batches=0,
             )
-        self._start += 2 * side_by_side + 1 + num_batches + PREFETCH * workers
+        self._start += 2 * side_by_side + 1 + num_batches + NUM_SLOTS * workers
         self._num_measured += 1
         peaks = [c.peak_pss_mib for c in (first, cost) if c.peak_pss_mib is not None]
         return WorkerRate(
