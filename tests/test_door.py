@@ -98,3 +98,13 @@ def test_a_forged_count_never_trains_on_fewer_samples(tmp_path, num_samples):
 
     with pytest.raises(ShardError, match=f"it has 2 samples, expected {num_samples}"):
         open_dataset(str(path))
+
+
+def test_a_sidecar_of_gigabytes_is_not_read(tmp_path):
+    """A sparse file beside a small tar: refused by its size."""
+    manifest = write_shards(tmp_path, [3])
+    with open(tmp_path / "train-000.idx", "r+b") as file:
+        file.truncate(6 << 30)
+
+    with pytest.raises(ShardError, match=r"train-000.idx: not a whole sidecar .*the limit is"):
+        open_dataset(str(manifest))

@@ -9,6 +9,7 @@ from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.errors import UsageError
 
 TAR_BYTES = 2048  # a sample's headers, label and padding
+_MAX_SHARDS = 1_000_000
 _UNIT_BYTES = 256 << 20  # images in a spill file
 _MAX_UNITS = 512  # spill files are open together while a shard collects its samples
 
@@ -34,6 +35,10 @@ def shard_edges(split: ParquetSplit, config: ShardsConfig) -> list[int]:
         num_shards = -(-(split.num_bytes + TAR_BYTES * num_rows) // config.shard_size)
     if num_shards is None:
         return sorted(set(split.part_starts))
+    if num_shards > _MAX_SHARDS:  # as only a forged footer or a mistyped size can ask for
+        raise UsageError(
+            f"{num_shards:,} shards of {split.name}: at most {_MAX_SHARDS:,}. Write larger shards."
+        )
     if num_shards > num_rows:
         raise UsageError(
             f"{num_shards:,} shards for {num_rows:,} rows of {split.name}. Ask for fewer shards."

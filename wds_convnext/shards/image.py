@@ -21,6 +21,7 @@ from wds_convnext.shards.limits import (
     MAX_BYTES,
     MAX_PIXELS,
     PILLOW_BYTES,
+    WEBP_BYTES,
     ImageError,
     Limits,
 )
@@ -98,7 +99,8 @@ def open_with_pillow(
     stream = io.BytesIO(data)
     try:
         with Image.open(stream, formats=_FORMATS) as image:
-            limits.check(image.height, image.width, PILLOW_BYTES)
+            num_bytes = WEBP_BYTES if image.format == "WEBP" else PILLOW_BYTES
+            limits.check(image.height, image.width, num_bytes)
             _check_end(data, stream.tell(), EXTENSIONS[image.format])
             yield image
     except ImageError:

@@ -6,7 +6,8 @@ from wds_convnext.errors import DataError
 
 MAX_PIXELS = 178_956_970  # where Pillow, too, refuses an image as a decompression bomb
 MAX_BYTES = 1 << 30  # of one encoded image
-PILLOW_BYTES = 14  # a pixel, to decode it: as stored, as RGB in 4 bytes, and two arrays of 3
+# A pixel, to decode it: as stored, as RGB in 4 bytes, and two arrays of 3; WebP's keeps more.
+PILLOW_BYTES, WEBP_BYTES = 14, 22
 
 
 class ImageError(DataError):
