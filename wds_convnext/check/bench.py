@@ -11,6 +11,7 @@ that other programs share count for less (PSS).
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from wds_convnext.check.loads import Loads, Stages, WorkerRate
 from wds_convnext.config import BenchConfig
@@ -23,7 +24,7 @@ from wds_convnext.stream.transforms import TrainTransform
 _STAGE_NAMES = {"resize": "resize, flip", "batch": "order, batch", "hand_over": "hand-over"}
 
 
-def bench(spec: str, config: BenchConfig | None = None, **options) -> "BenchReport":
+def bench(spec: str, config: BenchConfig | None = None, **options: Any) -> "BenchReport":
     """Measure the loader with 1, 2, 4, … workers, or with `workers` of them, and one image's way.
 
     Args:

@@ -29,7 +29,7 @@ from wds_convnext.shards.index import JSON_LABEL, index_content
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import differing_line, format_sidecar, sidecar_path
-from wds_convnext.shards.spec import Shard, index_path
+from wds_convnext.shards.spec import Shard, index_path, total_bytes
 from wds_convnext.shards.tar import Member, read_tar
 
 
@@ -47,7 +47,7 @@ class IndexReport:
     def __str__(self) -> str:
         lines = []
         for path, manifest in self.manifests.items():
-            num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+            num_bytes = total_bytes(manifest.shards)
             lines.append(
                 f"{path}: {len(manifest):,} samples, {len(manifest.class_names)} classes, "
                 f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}, "

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.naming import find_files, is_held_out
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import read_samples
-from wds_convnext.shards.spec import Shard, check_size
+from wds_convnext.shards.spec import Shard, check_size, total_bytes
 
 _MAX_CLASS_LINES = 20
 
@@ -38,12 +39,12 @@ class ShardSummary:
     class_counts: np.ndarray  # int64 (num_classes,)
     image_bytes: np.ndarray  # int32 (num_samples,), of the encoded images
     survey: ImageSurvey
-    unusable: Counter
+    unusable: Counter[str]
     label_mix: LabelMix | None
 
     @property
     def num_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.dataset.shards)
+        return total_bytes(self.dataset.shards)
 
     def lines(self) -> list[str]:
         """The summary as text."""
@@ -75,16 +76,15 @@ class ShardSummary:
         return [*lines, f"bytes per image: {_range_of(self.image_bytes)}"]
 
     def _class_lines(self) -> list[str]:
-        names, counts = self.dataset.class_names, self.class_counts
+        counts = self.class_counts
         lines = [f"samples per class: {_range_of(counts)}"]
-        if len(names) <= _MAX_CLASS_LINES:
-            shown = range(len(names))
-        else:
-            by_count = np.argsort(-counts, kind="stable")
+        shown = list(range(len(counts)))
+        if len(shown) > _MAX_CLASS_LINES:
+            shown = np.argsort(-counts, kind="stable").tolist()
             half = _MAX_CLASS_LINES // 2
-            shown = [*by_count[:half], *by_count[-half:]]
+            shown[half:-half] = []
             lines[0] += f"; the {half} largest and the {half} smallest:"
-        names = {i: printable(names[i]) for i in shown}
+        names = {i: printable(self.dataset.class_names[i]) for i in shown}
         width = max(map(len, names.values()), default=0)
         longest = max(1, counts.max(initial=0))
         return lines + [
@@ -125,7 +125,7 @@ def _range_of(values: np.ndarray) -> str:
 
 
 def inspect(
-    spec: str, config: InspectConfig | None = None, *, quiet: bool = False, **options
+    spec: str, config: InspectConfig | None = None, *, quiet: bool = False, **options: Any
 ) -> list[ShardSummary | ParquetSummary]:
     """Describe each split of shards, with or without a manifest, or of parquet files.
 
@@ -151,7 +151,7 @@ def inspect(
     if sheet is not None and len(splits) > 1:
         names = ", ".join(split.name for split in splits)
         raise UsageError(f"--sheet shows one split, and there are {names}. Name one.")
-    summaries = []
+    summaries: list[ShardSummary | ParquetSummary] = []
     with Workers(config.jobs) as workers:
         for split in splits:
             dataset, surveys = _survey(split, workers, quiet)
@@ -189,7 +189,7 @@ class ShardSurvey:
     labels: np.ndarray
     image_bytes: np.ndarray
     images: ImageSurvey = field(default_factory=ImageSurvey)
-    unusable: Counter = field(default_factory=Counter)
+    unusable: Counter[str] = field(default_factory=Counter)
 
 
 def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, list[ShardSurvey]]:
@@ -233,8 +233,10 @@ def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> 
     return survey
 
 
-def _summarize(dataset, surveys, labels, label_mix) -> ShardSummary:
-    images, unusable = ImageSurvey(), Counter()
+def _summarize(
+    dataset: Dataset, surveys: list[ShardSurvey], labels: np.ndarray, label_mix: LabelMix | None
+) -> ShardSummary:
+    images, unusable = ImageSurvey(), Counter[str]()
     for survey in surveys:
         images.merge(survey.images.to_json())
         unusable += survey.unusable

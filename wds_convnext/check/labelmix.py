@@ -97,7 +97,7 @@ def measure_label_mix(
     )
 
 
-def expected_classes(class_counts: Sequence[int], batch_size: int) -> float:
+def expected_classes(class_counts: np.ndarray | Sequence[int], batch_size: int) -> float:
     """Expected distinct classes among `batch_size` samples drawn without replacement."""
     num_samples = int(sum(class_counts))
     batch_size = min(batch_size, num_samples)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from wds_convnext.stream.stream import Batch, ShardStream, make_loader
 from wds_convnext.stream.transforms import TrainTransform
 
 _MIN_BATCHES = 3  # under the clock
+Seconds = defaultdict[str, float]  # by stage
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Loads:
         Args:
             cpu_ms_of_one_worker: per image, of the loader with one worker.
         """
-        spent = Counter()
+        spent: Seconds = defaultdict(float)
         stream = self._stream(TimedTransform(self.transform, spent))
         images = stream.new_images()
         self._show(0, "stages")
@@ -171,7 +172,7 @@ class Loads:
 class TimedReader:
     """A reader whose reading is timed: seconds are added to spent["read"]."""
 
-    def __init__(self, reader: SampleReader, spent: Counter):
+    def __init__(self, reader: SampleReader, spent: Seconds):
         self.reader, self.spent = reader, spent
 
     def read(self, number: int) -> tuple[bytes, int]:
@@ -180,14 +181,14 @@ class TimedReader:
         self.spent["read"] += time.perf_counter() - started
         return found
 
-    def describe(self, number: int) -> dict:
+    def describe(self, number: int) -> dict[str, str | int]:
         return self.reader.describe(number)
 
 
 class TimedTransform:
     """A training transform, its parts timed: seconds are added to `decode`, `resize`, `jitter`."""
 
-    def __init__(self, transform: TrainTransform, spent: Counter):
+    def __init__(self, transform: TrainTransform, spent: Seconds):
         self.transform, self.spent = transform, spent
         self.image_size, self.NUM_DRAWS = transform.image_size, transform.NUM_DRAWS
 

@@ -41,9 +41,10 @@ def measure_loader(
     seconds, cpu_after = time.perf_counter() - started, tree_cpu_s()
     looks.append(tree_pss_mib())
     measured = num_batches * batch_size
+    cpu_s = None if cpu_before is None or cpu_after is None else cpu_after - cpu_before
     return LoaderCost(
         images_per_s=measured / seconds,
-        cpu_ms_per_image=None if cpu_after is None else 1e3 * (cpu_after - cpu_before) / measured,
+        cpu_ms_per_image=None if cpu_s is None else 1e3 * cpu_s / measured,
         peak_pss_mib=max(looks) or None,
         first_batch_s=first_batch_s,
     )
@@ -78,7 +79,7 @@ def tree_pss_mib() -> float:
 
 def tree_cpu_s() -> float | None:
     """CPU seconds of this process and all below it, those that ended included."""
-    ticks = None
+    ticks: int | None = None
     for pid in process_tree(os.getpid()):
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

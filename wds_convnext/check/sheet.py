@@ -50,7 +50,7 @@ def _spread(values: np.ndarray, most: int) -> np.ndarray:
     return values[np.arange(min(most, len(values))) * len(values) // max(1, min(most, len(values)))]
 
 
-def _fit(name: str, font) -> str:
+def _fit(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The name, cut to the width of its column."""
     while font.getlength(name) > _NAME_WIDTH - 8:
         name = name[:-2].rstrip("…") + "…"

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from wds_convnext.check.against import compare_with_input, find_inputs, splits_without_shards
 from wds_convnext.check.problems import Problem
@@ -78,7 +79,7 @@ class VerifyReport:
 
 
 def verify(
-    spec: str, config: VerifyConfig | None = None, *, quiet: bool = False, **options
+    spec: str, config: VerifyConfig | None = None, *, quiet: bool = False, **options: Any
 ) -> VerifyReport:
     """Compare shards with their manifests, their sidecars and, if given, their input.
 

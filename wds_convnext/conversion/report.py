@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from wds_convnext.errors import printable
 from wds_convnext.shards.image import ImageSurvey
-from wds_convnext.shards.spec import Shard
+from wds_convnext.shards.spec import Shard, total_bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SplitReport:
 
     @property
     def num_bytes(self) -> int:
-        return sum(shard.num_bytes for shard in self.shards)
+        return total_bytes(self.shards)
 
     def lines(self) -> list[str]:
         """The report as text."""

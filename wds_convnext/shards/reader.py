@@ -78,7 +78,7 @@ class SampleReader:
                 file = self._file(shard)
                 os.posix_fadvise(file, offset - BLOCK, BLOCK + num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def read_raw(self, number: int) -> dict:
+    def read_raw(self, number: int) -> dict[str, str | bytes]:
         """A sample as webdataset's dict: `__key__`, `__url__`, and bytes per extension.
 
         Raises as `read` does.
@@ -93,7 +93,7 @@ class SampleReader:
         data = {m.extension: span[m.offset - at : m.offset - at + m.num_bytes] for m in members}
         return {"__key__": members[0].key, "__url__": self.dataset.shards[shard].path, **data}
 
-    def describe(self, number: int) -> dict:
+    def describe(self, number: int) -> dict[str, str | int]:
         """Shard, key and byte offset of a sample's image, for messages and reports."""
         shard, sample = self.dataset.locate(number)
         record = self.dataset.index.record(shard, sample)

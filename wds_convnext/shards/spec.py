@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wds_convnext.door import MAX_COUNT, base_name, count, read_json, text
@@ -39,6 +40,11 @@ class Shard:
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+
+def total_bytes(shards: Iterable[Shard]) -> int:
+    """Bytes of shards, of which those count that are known."""
+    return sum(shard.num_bytes or 0 for shard in shards)
 
 
 def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:

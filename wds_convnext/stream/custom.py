@@ -1,14 +1,27 @@
-"""Any function of a sample's bytes as a transform."""
+"""What a transform is, and any function of a sample's bytes as one."""
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from wds_convnext.errors import DataError, UsageError
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Encoded bytes and uniform draws in [0, 1) -> uint8 (3, image_size, image_size)."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def NUM_DRAWS(self) -> int: ...
+
+    def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor: ...
 
 
 class CustomTransform:

@@ -20,21 +20,23 @@ import gc
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import active_children, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.progress import warn
+
+Item = TypeVar("Item")
 
 NUM_SLOTS = 3  # batches of a worker: one that is made, two that wait; torch's default
 MAX_RESTARTS = 10  # of all workers of a loader; more deaths have a cause that stays
@@ -49,12 +51,14 @@ _ADVICE = "The usual cause is memory: use fewer --workers or a smaller --batch-s
 
 # (worker, number of its first item, a function that waits for a free slot and gives its number)
 # -> the worker's items, one for each slot that it asked for.
-Work = Callable[[int, int, Callable[[], int]], Iterator[Any]]
+Work = Callable[[int, int, Callable[[], int]], Iterator[Item]]
 
 
 def num_cores() -> int:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def num_workers(asked_for: int | None, *, ranks: int = 1) -> int:
@@ -103,8 +107,8 @@ class Slots:
 
 
 def items_of_workers(
-    work: Work, num_workers: int, *, while_waiting: Callable[[], None]
-) -> Iterator[Any]:
+    work: Work[Item], num_workers: int, *, while_waiting: Callable[[], None]
+) -> Generator[Item, None, None]:
     """What the workers yield, in turn; an item's slot is free again when the next is asked for.
 
     Args:
@@ -113,7 +117,7 @@ def items_of_workers(
         TrainingError: if worker processes die again and again, or cannot be started.
         WdsConvnextError: what a worker met, as it was raised there. A bug is a RuntimeError.
     """
-    restarts, workers = itertools.count(1), []
+    restarts, workers = itertools.count(1), list[_Worker[Item]]()
     try:
         for number in range(num_workers):
             workers.append(_Worker(work, number, restarts))
@@ -130,15 +134,15 @@ def items_of_workers(
             worker.kill()
 
 
-class _Worker:
+class _Worker(Generic[Item]):
     """The trainer's side of a worker: a process, and another in its place if it dies."""
 
-    def __init__(self, work: Work, number: int, restarts: Iterator[int]):
+    def __init__(self, work: Work[Item], number: int, restarts: Iterator[int]):
         self._work, self._number, self._restarts = work, number, restarts
         self._num_taken = 0
         self._start()
 
-    def take(self, while_waiting: Callable[[], None]) -> Any:
+    def take(self, while_waiting: Callable[[], None]) -> Item | Exception | None:
         """The worker's next item, or an exception that it met; None if there are no more."""
         while True:
             try:
@@ -162,7 +166,7 @@ class _Worker:
         self._connection.close()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context(START_METHOD)
+        context = get_context("fork") if START_METHOD == "fork" else get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_run,
@@ -213,7 +217,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 
 def _kill_workers() -> None:
-    for process in multiprocessing.active_children():
+    for process in active_children():
         if process.daemon:
             _kill(process)
 
@@ -223,14 +227,14 @@ def _kill(process: BaseProcess) -> None:
     process.join(_ORPHAN_POLL_S)  # one that waits for a dead disk is not waited for
 
 
-def _run(work: Work, number: int, first: int, connection: Connection, trainer: int) -> None:
+def _run(work: Work[Item], number: int, first: int, connection: Connection, trainer: int) -> None:
     """The life of a worker process: it sends items, at the end None or what it met."""
     _settle_in()
     wait_for_slot = _free_slots(connection, trainer).__next__
+    last: Exception | None = None
     try:
         for item in work(number, first, wait_for_slot):
             _send(connection, item)
-        last = None
     except WdsConvnextError as error:
         last = error
     except MemoryError:
@@ -250,7 +254,7 @@ def _settle_in() -> None:
     gc.freeze()
 
 
-def _send(connection: Connection, item: Any) -> None:
+def _send(connection: Connection, item: object) -> None:
     try:
         connection.send(item)
     except OSError:

@@ -35,7 +35,7 @@ class SampleRefs(NamedTuple):
     def __len__(self) -> int:
         return len(self.number)
 
-    def take(self, index) -> "SampleRefs":
+    def take(self, index: np.ndarray | slice) -> "SampleRefs":
         return SampleRefs(*(column[index] for column in self))
 
 
@@ -58,7 +58,7 @@ class TrainOrder:
     shuffle_buffer: int
     num_lanes: int = NUM_LANES
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UsageError("The shards hold no samples, so there is no order to make.")
         if self.global_batch_size < 1 or self.shuffle_buffer < 1 or self.num_lanes < 1:
@@ -207,7 +207,9 @@ class _Windowed:
         sample = laid_at - self.laid_starts[shard]
         return self.starts[self.shard_order[shard]] + sample, lane
 
-    def _shuffle(self, index, lane, lane_length, *, shift: int):
+    def _shuffle(
+        self, index: np.ndarray, lane: np.ndarray, lane_length: np.ndarray, *, shift: int
+    ) -> np.ndarray:
         """Permute within windows of a lane; the first window is shortened by `shift`."""
         window = (index + shift) // self.window
         first = np.maximum(window * self.window - shift, 0)

@@ -7,11 +7,11 @@ same workers, in their place in the sequence, so nothing waits when a validation
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from wds_convnext.errors import DataError, TrainingError, UsageError
 from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.stream.custom import CustomTransform
+from wds_convnext.stream.custom import CustomTransform, Transform
 from wds_convnext.stream.loader import Slots, items_of_workers, num_workers
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 
 _MAX_REPLACEMENTS = 64
+Item = TypeVar("Item")
+BadSample = dict[str, str | int]  # shard, key, offset, epoch and reason
 
 
 class Batch(NamedTuple):
@@ -34,10 +36,18 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 (B, 3, S, S), channels_last; a custom transform's own shape
     labels: torch.Tensor  # int64 (B,)
     is_real: torch.Tensor  # bool (B,); False for the padding of a last evaluation batch
-    bad_samples: list  # one dict (shard, key, offset, epoch, reason) per replaced sample
+    bad_samples: list[BadSample]  # those that were replaced, or left out
 
 
-class ShardStream(IterableDataset):
+class Reader(Protocol):
+    """What a stream takes samples from, as `SampleReader` gives them."""
+
+    def read(self, number: int) -> tuple[bytes, int]: ...
+
+    def describe(self, number: int) -> dict[str, str | int]: ...
+
+
+class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
     """Batches of one rank, in the order's order; endless for training, finite for evaluation.
 
     Args:
@@ -57,7 +67,7 @@ class ShardStream(IterableDataset):
         order: TrainOrder | EvalOrder,
         *,
         batch_size: int,
-        transform: Callable | None = None,
+        transform: Transform | Callable[[bytes], torch.Tensor | np.ndarray] | None = None,
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
@@ -66,19 +76,17 @@ class ShardStream(IterableDataset):
         super().__init__()
         if decode and transform is None:
             raise UsageError("ShardStream: a transform is missing. Give one, or decode=False.")
-        if transform is not None and not hasattr(transform, "NUM_DRAWS"):
-            transform = CustomTransform(transform)
         self.dataset = dataset
         self.order = order
-        self.transform = transform
+        self._transform = transform
         self.place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
         self.start = start
         self.decode = decode
-        self.stop = None
+        self.stop: int | None = None
         if isinstance(order, EvalOrder):
             self.stop = order.num_micro_batches(batch_size=batch_size, world_size=world_size)
 
-    def __iter__(self) -> Iterator[Batch | dict]:
+    def __iter__(self) -> Iterator[Batch | dict[str, str | bytes]]:
         return load_batches(self) if self.decode else self._raw_samples()
 
     def turns(self) -> Iterator[tuple["ShardStream", int]]:
@@ -91,6 +99,15 @@ class ShardStream(IterableDataset):
         channels, height, width = self._image.shape
         shape = (self.place["batch_size"], height, width, channels)
         return torch.empty(shape, dtype=self._image.dtype).permute(0, 3, 1, 2)
+
+    @cached_property
+    def transform(self) -> Transform | CustomTransform:
+        """What makes images of bytes, and so batches of samples."""
+        if self._transform is None or not self.decode:
+            raise UsageError("ShardStream(decode=False) has no batches. Iterate over it itself.")
+        if isinstance(self._transform, Transform):
+            return self._transform
+        return CustomTransform(self._transform)
 
     @cached_property
     def _image(self) -> torch.Tensor:
@@ -112,14 +129,12 @@ class ShardStream(IterableDataset):
         for sample in self.order.micro_batch(number, **self.place).number.tolist():
             reader.will_read(sample)
 
-    def load(self, number: int, reader: SampleReader, images: torch.Tensor) -> Batch:
+    def load(self, number: int, reader: Reader, images: torch.Tensor) -> Batch:
         """One batch of this stream, its images written into `images`."""
         refs = self.order.micro_batch(number, **self.place)
         labels = torch.zeros(len(refs), dtype=torch.int64)
-        draws = [None] * len(refs)
-        if self.transform.NUM_DRAWS:
-            draws = uniform(self.order.sample_keys(refs), self.transform.NUM_DRAWS)
-        bad_samples = []
+        draws = uniform(self.order.sample_keys(refs), self.transform.NUM_DRAWS)
+        bad_samples: list[BadSample] = []
         for i in refs.is_real.nonzero()[0]:
             load = partial(self._load_one, reader, draws=draws[i])
             loaded, reasons = self._first_good(reader, int(refs.number[i]), load)
@@ -140,11 +155,11 @@ class ShardStream(IterableDataset):
             images[i] = 0  # the memory was another batch's
         return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
 
-    def _load_one(self, reader: SampleReader, sample: int, draws) -> tuple[torch.Tensor, int]:
+    def _load_one(self, reader: Reader, sample: int, draws: np.ndarray) -> tuple[torch.Tensor, int]:
         data, label = reader.read(sample)
         return self.transform(data, draws), label
 
-    def _raw_samples(self) -> Iterator[dict]:
+    def _raw_samples(self) -> Iterator[dict[str, str | bytes]]:
         with closing(self.open_reader()) as reader:
             for _, number in _share_of_this_worker(self.turns()):
                 refs = self.order.micro_batch(number, **self.place)
@@ -153,14 +168,16 @@ class ShardStream(IterableDataset):
                     if raw is not None:
                         yield raw
 
-    def _first_good(self, reader: SampleReader, sample: int, load: Callable[[int], Any]):
+    def _first_good(
+        self, reader: Reader, sample: int, load: Callable[[int], Item]
+    ) -> tuple[Item | None, list[BadSample]]:
         """What `load` makes of a sample, and why samples before it could not be used.
 
         In training a sample that cannot be used is replaced by the next of its shard that can,
         which depends on the shard alone: the stream is the same for any number of workers. In
         evaluation nothing takes its place, and None is returned.
         """
-        reasons = []
+        reasons: list[BadSample] = []
         shard, _ = self.dataset.locate(sample)
         numbers = self.dataset.numbers_of(shard)
         attempts = 1 if self.stop is not None else min(len(numbers), _MAX_REPLACEMENTS)
@@ -178,7 +195,7 @@ class ShardStream(IterableDataset):
         )
 
 
-class ValidatedStream(IterableDataset):
+class ValidatedStream(IterableDataset[Batch]):
     """A training stream with a whole validation stream after each step that `is_due` names.
 
     Both have the same batch size and image size. With `validates_first` it begins with one.
@@ -190,7 +207,7 @@ class ValidatedStream(IterableDataset):
         validation: ShardStream,
         *,
         accumulate: int,
-        is_due: Callable,
+        is_due: Callable[[int], bool],
         validates_first: bool = False,
     ):
         super().__init__()
@@ -230,7 +247,8 @@ def load_batches(
     turns = _share_of_this_worker(stream.turns()) if turns is None else turns
     next_images = next_images or stream.new_images
     with ExitStack() as open_readers:
-        readers, turn = {}, None
+        readers: dict[ShardStream, SampleReader] = {}
+        turn: tuple[ShardStream, int] | None = None
         for coming in itertools.chain(turns, [None]):
             if coming is not None:
                 source, number = coming
@@ -243,7 +261,7 @@ def load_batches(
             turn = coming
 
 
-def _share_of_this_worker(turns: Iterator) -> Iterator:
+def _share_of_this_worker(turns: Iterator[Item]) -> Iterator[Item]:
     worker = get_worker_info()
     return turns if worker is None else itertools.islice(turns, worker.id, None, worker.num_workers)
 
@@ -254,7 +272,7 @@ def make_loader(
     workers: int | None = None,
     pin_memory: bool = False,
     while_waiting: Callable[[], None] = lambda: None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Iterate over a stream's batches, made by worker processes.
 
     Args:
@@ -267,7 +285,8 @@ def make_loader(
     """
     workers = num_workers(workers)
     if workers == 0:
-        yield from map(partial(_keep, pin_memory=True), stream) if pin_memory else stream
+        batches = load_batches(stream)
+        yield from map(partial(_keep, pin_memory=True), batches) if pin_memory else batches
         return
     share = _Share(stream, Slots(workers, stream.new_images()), workers)
     with closing(items_of_workers(share, workers, while_waiting=while_waiting)) as items:
@@ -280,7 +299,7 @@ def make_loader(
 def _keep(batch: Batch, *, pin_memory: bool) -> Batch:
     """The batch in memory of its own."""
     own = torch.Tensor.pin_memory if pin_memory else _copy
-    return Batch(*map(own, batch[:3]), batch.bad_samples)
+    return Batch(own(batch.images), own(batch.labels), own(batch.is_real), batch.bad_samples)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -295,7 +314,7 @@ class _Handover(NamedTuple):
     slot: int
     labels: np.ndarray
     is_real: np.ndarray
-    bad_samples: list
+    bad_samples: list[BadSample]
 
 
 @dataclass(frozen=True)
@@ -311,7 +330,7 @@ class _Share:
     ) -> Iterator[_Handover]:
         start = worker + first * self.num_workers
         turns = itertools.islice(self.stream.turns(), start, None, self.num_workers)
-        slot = None
+        slot: int
 
         def next_images() -> torch.Tensor:
             nonlocal slot

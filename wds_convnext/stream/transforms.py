@@ -65,7 +65,7 @@ class Preprocessing:
         "interpolation": ("bilinear",),  # antialiased
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in self.CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -100,7 +100,7 @@ class Preprocessing:
             known["interpolation"] = "bilinear"
         return cls(**known)
 
-    def train_transform(self, **options) -> "TrainTransform":
+    def train_transform(self, **options: Any) -> "TrainTransform":
         """The transform for training; options are the other arguments of `TrainTransform`."""
         return TrainTransform(self.image_size, interpolation=self.interpolation, **options)
 
@@ -164,7 +164,8 @@ class EvalTransform:
 
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> torch.Tensor:
         pixels = decode_rgb(data)
-        height, width = _resized_size(*pixels.shape[:2], round(self.image_size / self.crop_ratio))
+        height, width = pixels.shape[:2]
+        height, width = _resized_size(height, width, round(self.image_size / self.crop_ratio))
         check_num_pixels(height, width)  # a strip of 1x60,000 would become 256x15,360,000
         image = _resize(pixels, height, width, self.interpolation)
         top = round((height - self.image_size) / 2)

@@ -56,8 +56,8 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    tensors = (t.to(device, non_blocking=True) for t in batch[:3])
-    return Batch(*tensors, batch.bad_samples)
+    images, labels, is_real = (t.to(device, non_blocking=True) for t in batch[:3])
+    return Batch(images, labels, is_real, batch.bad_samples)
 
 
 def _take(batch: Batch, copying: torch.cuda.Stream, device: torch.device) -> Batch:
