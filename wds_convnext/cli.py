@@ -94,7 +94,7 @@ def train(ctx: click.Context, **options) -> None:
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     """What the resumed run's config.toml says for options that nothing else sets."""
-    from wds_convnext.training.rundir import resumed_from
+    from wds_convnext.training.claim import resumed_from
 
     folder, _ = resumed_from(options["resume"], options["out"])
     path = folder / "config.toml"

@@ -335,7 +335,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, damaged, step, num_warnin
         damage(tmp_path / name)
     warnings = []
 
-    loaded = load_newest(tmp_path, warn=warnings.append)
+    _, loaded = load_newest(tmp_path, warn=warnings.append)
 
     assert loaded["step"] == step
     assert len(warnings) == num_warnings
@@ -347,7 +347,9 @@ def test_without_last_the_newest_step_is_used(tmp_path):
     save_steps(tmp_path, [10, 20])
     (tmp_path / "last.pt").unlink()
 
-    assert load_newest(tmp_path, warn=pytest.fail)["step"] == 20
+    path, loaded = load_newest(tmp_path, warn=pytest.fail)
+
+    assert path.name == "step-000000020.pt" and loaded["step"] == 20
 
 
 def test_without_a_whole_checkpoint_it_says_how_to_start_from_scratch(tmp_path):

@@ -16,8 +16,8 @@ from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
 from wds_convnext.training.checkpoint import DataFacts, Facts, load_checkpoint, save_checkpoint
 from wds_convnext.training.evaluate import evaluate_checkpoint
+from wds_convnext.training.fitting import check_resumable
 from wds_convnext.training.model import create_model
-from wds_convnext.training.rundir import check_resumable
 from wds_convnext.training.step import train_step
 from wds_convnext.training.train import train
 

@@ -231,6 +231,11 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.resume is not None and self.overwrite:
+            raise UsageError(
+                "--resume and --overwrite exclude each other: one continues the run, the other "
+                "deletes it. Give one."
+            )
         if self.batch_size % 2 and (self.mixup or self.cutmix) and self.mix_prob:
             raise UsageError(
                 f"--batch-size {self.batch_size}: mixing blends pairs, so it must be even. "

@@ -29,6 +29,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -107,7 +108,8 @@ def _announced_world() -> World:
     if None in (rank, size, local_rank) or rank >= size or (size > 1 and needs):
         found = ", ".join(f"{name}={text}" for name, text in said.items() if text is not None)
         raise UsageError(f"{found}: not what torchrun sets. {_TORCHRUN}")
-    return World(rank, size, local_rank)
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return World(rank, size, local_rank, int(local_size) if local_size.isdecimal() else size)
 
 
 def _choose_device(name: str, world: World) -> torch.device:
@@ -183,6 +185,20 @@ def broadcast_object(value, world: World):
     return box[0]
 
 
+def decided_by_main(decide: Callable, world: World):
+    """What a function gives (plain values), or raises, on the main rank, which alone calls it."""
+    outcome = None
+    if world.is_main:
+        try:
+            outcome = decide()
+        except WdsConvnextError as error:
+            outcome = error
+    outcome = broadcast_object(outcome, world)
+    if isinstance(outcome, WdsConvnextError):
+        raise outcome
+    return outcome
+
+
 def gather_lists(items: list, world: World) -> list:
     """The lists of all ranks joined, in the order of ranks; the same on every rank."""
     if world.size == 1:
@@ -190,12 +206,6 @@ def gather_lists(items: list, world: World) -> list:
     lists = [None] * world.size
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
-
-
-def barrier(world: World) -> None:
-    """Wait until every rank is here."""
-    if world.size > 1:
-        dist.all_reduce(torch.zeros(1))
 
 
 class Stopped(Exception):

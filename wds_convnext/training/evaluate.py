@@ -21,6 +21,7 @@ from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights, taking_over
+from wds_convnext.training.claim import best_checkpoint
 from wds_convnext.training.distributed import (
     Machine,
     World,
@@ -32,7 +33,6 @@ from wds_convnext.training.distributed import (
 )
 from wds_convnext.training.feed import loading
 from wds_convnext.training.model import create_model
-from wds_convnext.training.rundir import best_checkpoint
 
 _NUM_NAMED = 10  # samples that a message names
 

@@ -23,7 +23,7 @@ def loading(
     Args:
         vote: what ends the batches, and a wait for one, when the run is to stop.
     """
-    workers = num_workers(workers, ranks=machine.world.size)
+    workers = num_workers(workers, ranks=machine.world.local_size)
     if isinstance(stream, ShardStream) and stream.stop is not None:
         workers = min(workers, stream.stop)
     batches = make_loader(

@@ -27,11 +27,8 @@ from wds_convnext.training.checkpoint import DataFacts, Facts, taking_over
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
+from wds_convnext.training.fitting import check_ranks, check_resumable, fit_to_checkpoint
 from wds_convnext.training.monitor import Gauges, build_gauges
-from wds_convnext.training.rundir import (
-    check_resumable,
-    fit_to_checkpoint,
-)
 from wds_convnext.training.schedule import lr_schedule, validation_schedule
 from wds_convnext.training.state import TrainState, build_state
 from wds_convnext.training.step import StepRecipe, build_recipe
@@ -127,7 +124,7 @@ def open_run(
     then = Facts.from_dict(checkpoint.get("facts", {})) if checkpoint else None
     if then:
         config = fit_to_checkpoint(config, then, machine.world)
-    num_workers(config.workers, ranks=machine.world.size)  # refuses too many
+    num_workers(config.workers, ranks=machine.world.local_size)  # refuses too many
     train_data, val_data, val_spec = _open_splits(config)
     config = _with_absolute_paths(config)
     order = TrainOrder(
@@ -149,7 +146,12 @@ def open_run(
         check_resumable(then, facts, warn=warn)
         with taking_over():
             state.load_state_dict(checkpoint)
-        notes.append(f"Resumed at step {state.step}.")
+    check_ranks(
+        facts,
+        step=state.step,
+        val_shards=val_data and val_data.digest,
+        world=machine.world,
+    )
     # After loading: DDP hands the main rank's weights to the others when it is made.
     recipe = build_recipe(
         config,

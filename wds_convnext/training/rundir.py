@@ -1,4 +1,4 @@
-"""The folder of a run: choosing it, resuming from it, its checkpoints, its status.
+"""The folder of a run: its files, checkpoints and status.
 
 `runs/<name>/` holds config.toml, metrics.jsonl, bad_samples.jsonl, TensorBoard events, last.pt,
 best.pt, the newest step-*.pt, and status.json, which says why the run is not running.
@@ -6,16 +6,16 @@ best.pt, the newest step-*.pt, and status.json, which says why the run is not ru
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError, sentence
 from wds_convnext.files import (
     replacing,
@@ -25,13 +25,12 @@ from wds_convnext.files import (
     write_atomically,
 )
 from wds_convnext.options import format_toml
-from wds_convnext.training.checkpoint import Facts, load_checkpoint, save_checkpoint
-from wds_convnext.training.distributed import World, broadcast_object
+from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
+from wds_convnext.training.distributed import World, decided_by_main
 
 if TYPE_CHECKING:
     from wds_convnext.training.run import Run
 
-RUNS = Path("runs")
 _WRITTEN_BY_A_RUN = (
     "config.toml",
     "metrics.jsonl",
@@ -43,24 +42,6 @@ _WRITTEN_BY_A_RUN = (
     "step-*.pt",
     "events.out.tfevents.*",
 )
-# Options that may differ on a resume without changing what is computed.
-_FREE_OPTIONS = (
-    "shards",
-    "val_shards",
-    "workers",
-    "batch_size",
-    "device",
-    "amp",
-    "compile",
-    "max_steps",
-    "save_every",
-    "keep",
-    "check_shards",
-    "profile",
-    "out",
-    "resume",
-    "overwrite",
-)
 
 
 @dataclass(frozen=True)
@@ -70,20 +51,62 @@ class RunDir:
     path: Path
     world: World
     keep: int = 2  # checkpoints by step's number that stay
+    resumed: Path | None = None  # the checkpoint that the run goes on from
 
-    def prepare(self, config: TrainConfig, *, fresh: bool) -> None:
-        """Make the folder ready: clear what a former run left there, write config.toml."""
-        if not self.world.is_main:
-            return
+    def load(self) -> dict[str, Any] | None:
+        """The checkpoint that the run goes on from; None for a run that starts.
+
+        Raises:
+            CheckpointError: if it is damaged, or not there for this rank.
+        """
+        if self.resumed is None:
+            return None
+        if not self.resumed.exists():
+            raise CheckpointError(
+                f"rank {self.world.rank}: {self.resumed} is not there, though rank 0 resumes from "
+                "it. All machines must share the folder of the run."
+            )
+        return load_checkpoint(self.resumed)
+
+    def prepare(self, run: "Run") -> list[str]:
+        """Make the folder ready: clear what a former run left there, write config.toml.
+
+        What is later than the run's step is moved into a folder of its own. Gives sentences.
+        """
+        notes, has_best = decided_by_main(partial(self._prepare, run), self.world)
+        if not has_best:
+            run.state.best_top1 = -1.0  # of weights that are not here: the next are the best
+        return notes
+
+    def _prepare(self, run: "Run") -> tuple[list[str], bool]:
+        is_fresh = self.resumed is None
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for path in _files_of_a_run(self.path) if fresh else _half_written(self.path):
+            for path in files_of_a_run(self.path) if is_fresh else _half_written(self.path):
                 path.unlink()
-            write_atomically(self.path / "config.toml", format_toml(config).encode())
+            notes = [] if is_fresh else self._go_back_to(run.state.step)
+            write_atomically(self.path / "config.toml", format_toml(run.config).encode())
         except OSError as error:
-            raise UsageError(
-                f"--out {self.path}: {error.strerror}. Choose another folder."
-            ) from None
+            raise unusable(self.path, error) from None
+        return notes, (self.path / "best.pt").exists()
+
+    def _go_back_to(self, step: int) -> list[str]:
+        last, best = self.path / "last.pt", self.path / "best.pt"
+        others = [*step_checkpoints(self.path), last]
+        later = [p for p in others if p != self.resumed and p.exists() and _step_of(p) > step]
+        if later and best.exists() and _step_of(best) > step:
+            later.append(best)
+        notes = []
+        if later:
+            aside = make_new(self.path / f"after-step-{step}")
+            for path in later:
+                path.rename(aside / path.name)
+            for path in self.path.glob("*.jsonl"):  # which are cut back
+                shutil.copy2(path, aside)
+            names = ", ".join(path.name for path in later)
+            notes.append(f"Went back to step {step}: {names} are now in {aside}.")
+        if not last.exists():  # a kill before the next checkpoint must not lose where it began
+            link_checkpoint(self.resumed, last)
+        return notes
 
     def save(self, run: "Run", *, is_best: bool = False) -> None:
         """Write a checkpoint by its step's number, and give it the names last.pt and best.pt."""
@@ -131,124 +154,24 @@ class Status:
     reason: str | None = None
 
 
-def choose(
-    config: TrainConfig, world: World, *, warn: Callable
-) -> tuple[RunDir, dict[str, Any] | None]:
-    """The run's folder, and the checkpoint to resume from, if there is one to resume.
-
-    Raises:
-        UsageError: if the folder already holds a run that is neither resumed nor overwritten.
-        CheckpointError: if there is nothing whole to resume from.
-    """
-    if config.resume is not None:
-        folder, path = resumed_from(config.resume, config.out)
-        if config.out and not path and not any(folder.glob("*.pt")):
-            return RunDir(folder, world, config.keep), None  # one command for every start of a job
-        checkpoint = load_checkpoint(path) if path else load_newest(folder, warn=warn)
-        return RunDir(folder, world, config.keep), checkpoint
-    named = time.strftime(f"{config.model}-%Y%m%d-%H%M%S")
-    folder = Path(config.out) if config.out else RUNS / broadcast_object(named, world)
-    if _files_of_a_run(folder) and not config.overwrite:
-        raise UsageError(
-            f"{folder}: already holds a run. Continue it with --resume {folder}, replace it with "
-            "--overwrite, or choose another --out."
-        )
-    return RunDir(folder, world, config.keep), None
+def make_new(folder: Path) -> Path:
+    """Make a folder of this name that was not there, or of this name with -1, -2 …"""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    named, number = folder, 0
+    while True:
+        try:
+            named.mkdir()
+            return named
+        except FileExistsError:
+            number += 1
+            named = folder.with_name(f"{folder.name}-{number}")
 
 
-def resumed_from(resume: str, out: str | None) -> tuple[Path, Path | None]:
-    """The folder and the checkpoint (None: the newest whole one) that `--resume` means."""
-    if resume == "newest":
-        return Path(out) if out else newest_run("last.pt"), None
-    path = Path(resume)
-    if path.is_dir():
-        return Path(out) if out else path, None
-    if not path.is_file():
-        raise CheckpointError(f"--resume {resume}: no such file or folder. Give a run's folder.")
-    return Path(out) if out else path.parent, path
+def unusable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"--out {folder}: {error.strerror}. Choose another folder.")
 
 
-def newest_run(holding: str) -> Path:
-    """The folder under runs/ whose file of that name was written last."""
-    found = sorted(RUNS.glob(f"*/{holding}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise CheckpointError(
-            f"{RUNS}/: no run with a {holding} here. Train one first, or name its folder or file."
-        )
-    return found[-1].parent
-
-
-def best_checkpoint(named: str | None) -> Path:
-    """The checkpoint file that `eval --checkpoint` means: a file, a run's best.pt, the newest's."""
-    path = newest_run("best.pt") if named is None else Path(named)
-    if not path.is_dir():
-        return path
-    if not (path / "best.pt").is_file():
-        raise CheckpointError(f"{path}: holds no best.pt. Name one of its .pt files.")
-    return path / "best.pt"
-
-
-def fit_to_checkpoint(config: TrainConfig, then: Facts, world: World) -> TrainConfig:
-    """The config with the batch per process that gives the checkpoint's global batch.
-
-    Raises:
-        CheckpointError: if the ranks do not divide it, or the options ask for another one.
-    """
-    global_batch_size = then.data.global_batch_size
-    if config.batch_size * config.accumulate * world.size == global_batch_size:
-        return config
-    batch_size, rest = divmod(global_batch_size, config.accumulate * world.size)
-    if rest or config.batch_size != then.batch_size:
-        raise CheckpointError(
-            f"--resume: the checkpoint's global batch is {global_batch_size}; {world.size} "
-            f"processes with --batch-size {config.batch_size} and --accumulate "
-            f"{config.accumulate} do not make it. Choose a product that does, or start from "
-            "scratch without --resume, in another --out."
-        )
-    return replace(config, batch_size=batch_size)
-
-
-def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
-    """Compare what a checkpoint was trained on and with to what it is resumed with.
-
-    Raises:
-        CheckpointError: if the stream of samples or the model would be another.
-    """
-    differences = list(then.differences(now))
-    for part, name, old, new in differences:
-        if part in ("model", "class_names"):
-            raise CheckpointError(
-                f"--resume: the checkpoint is of {name} {_short(old)}, this run has "
-                f"{_short(new)}. Start from scratch without --resume, in another --out."
-            )
-        if name == "ema_decay" and bool(old) != bool(new):
-            raise CheckpointError(
-                f"--resume: the checkpoint has --ema-decay {old:g}, this run {new:g}: an average "
-                "cannot begin or end in mid-run. Resume with the same, or start from scratch "
-                "without --resume, in another --out."
-            )
-    of_data = [f"{d.name} {d.then} (now {d.now})" for d in differences if d.part == "data"]
-    if of_data:
-        raise CheckpointError(
-            f"--resume: the checkpoint's stream of samples had {', '.join(of_data)}. Resume with "
-            "the same, or start from scratch without --resume, in another --out."
-        )
-    for part, name, old, new in differences:
-        # The image size is an option as well, and one warning is enough.
-        is_pixels = part == "preprocessing" and name != "image_size"
-        if is_pixels or part == "environment" or (part == "config" and name not in _FREE_OPTIONS):
-            warn(
-                f"Resuming with {name} {new}, the checkpoint had {old}: "
-                "the run goes on, but not bit for bit as it would have."
-            )
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
-def _files_of_a_run(folder: Path) -> list[Path]:
+def files_of_a_run(folder: Path) -> list[Path]:
     whole = [path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern)]
     return whole + _half_written(folder)
 
@@ -290,19 +213,31 @@ def step_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(names, reverse=True)
 
 
-def load_newest(folder: str | os.PathLike, *, warn: Callable) -> dict[str, Any]:
+def _step_of(path: Path) -> float:
+    """The step of a checkpoint; infinity for a damaged one, which nothing goes on from."""
+    if path.name.startswith("step-"):
+        return int(path.stem.removeprefix("step-"))
+    try:
+        return load_checkpoint(path)["step"]
+    except CheckpointError:
+        return math.inf
+
+
+def load_newest(
+    folder: str | os.PathLike, *, warn: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint of a run that is whole; damaged ones are passed over, with a warning.
 
     Raises:
         CheckpointError: if there is none.
     """
-    last = Path(folder) / "last.pt"
-    candidates = ([last] if last.exists() else []) + step_checkpoints(folder)
-    for path in candidates:
-        try:
-            return load_checkpoint(path)
-        except CheckpointError as error:
-            warn(f"{sentence(error)} Trying the one before it.")
+    folder = Path(folder)
+    for path in (folder / "last.pt", *step_checkpoints(folder), folder / "best.pt"):
+        if path.exists():
+            try:
+                return path, load_checkpoint(path)
+            except CheckpointError as error:
+                warn(f"{sentence(error)} Trying the one before it.")
     raise CheckpointError(
         f"{folder}: holds no whole checkpoint to resume from. "
         "Start from scratch with --overwrite, or in another folder with --out."

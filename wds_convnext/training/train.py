@@ -11,13 +11,14 @@ import click
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, TrainingError
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
+from wds_convnext.training.claim import claim
 from wds_convnext.training.distributed import (
     STOPPED_EXIT_CODE,
     Machine,
     Stopped,
     StopRequest,
     StopVote,
-    barrier,
+    World,
     broadcast_object,
     choose_amp,
     is_lost_peer,
@@ -30,7 +31,7 @@ from wds_convnext.training.feed import loading
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
 from wds_convnext.training.run import Run, open_run
-from wds_convnext.training.rundir import RunDir, choose
+from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.schedule import lr_warning
 
 
@@ -49,7 +50,9 @@ def train(config: TrainConfig | None = None, **options) -> int:
     world, device = join_world(config.device)
     try:
         compiled = device.type == "cuda" if config.compile is None else config.compile
-        return _train(config, Machine(world, device, choose_amp(config.amp, device), compiled))
+        machine = Machine(world, device, choose_amp(config.amp, device), compiled)
+        with claim(config, world, warn=_warner(world)) as rundir:
+            return _train(config, machine, rundir)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise TrainingError(
@@ -68,16 +71,20 @@ def train(config: TrainConfig | None = None, **options) -> int:
         leave_world(world)
 
 
-def _train(config: TrainConfig, machine: Machine) -> int:
-    say = click.echo if machine.world.is_main else lambda text: None
-    warn = partial(click.secho, err=True) if machine.world.is_main else lambda text: None
-    rundir, checkpoint = choose(config, machine.world, warn=warn)
-    is_resumed = checkpoint is not None
-    run, notes = open_run(config, machine, checkpoint=checkpoint, warn=warn)
-    del checkpoint  # nothing refers to its file from here on
+def _warner(world: World) -> Callable[[str], None]:
+    return partial(click.echo, err=True) if world.is_main else lambda text: None
 
-    barrier(machine.world)  # every rank has looked at the folder
-    rundir.prepare(run.config, fresh=not is_resumed)
+
+def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
+    say = click.echo if machine.world.is_main else lambda text: None
+    warn = _warner(machine.world)
+    run, notes = open_run(config, machine, checkpoint=rundir.load(), warn=warn)
+    notes += rundir.prepare(run)
+    if rundir.resumed:
+        step = run.state.step
+        notes += [f"Resumed at step {step}. Read {rundir.resumed}; goes on in {rundir.path}."]
+        if step >= run.schedule.last_step:
+            notes += ["All steps of the run are done; more --epochs or --max-steps train on."]
     for line in (run.introduction(), *notes):
         say(line)
     if warning := lr_warning(config, run.order.global_batch_size):

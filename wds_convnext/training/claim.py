@@ -1,0 +1,117 @@
+"""Which folder a run has for itself, and which checkpoint it goes on from."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from wds_convnext.config import TrainConfig
+from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.training.distributed import World, decided_by_main
+from wds_convnext.training.lock import locked
+from wds_convnext.training.rundir import RunDir, files_of_a_run, load_newest, make_new, unusable
+
+RUNS = Path("runs")
+
+
+@contextlib.contextmanager
+def claim(config: TrainConfig, world: World, *, warn: Callable[[str], None]) -> Iterator[RunDir]:
+    """The folder of a run, which no other run can have within this context.
+
+    Raises:
+        UsageError: if it holds a run that is running, or neither resumed nor overwritten.
+        CheckpointError: if there is nothing whole to resume from.
+    """
+    with contextlib.ExitStack() as held:
+        folder, resumed = decided_by_main(partial(_choose, config, held, warn=warn), world)
+        yield RunDir(folder, world, config.keep, resumed)
+
+
+def _choose(
+    config: TrainConfig, held: contextlib.ExitStack, *, warn: Callable[[str], None]
+) -> tuple[Path, Path | None]:
+    """The run's folder, which is locked as long as `held` lasts, and what it resumes from."""
+    if config.resume is None:
+        folder = _hold(Path(config.out) if config.out else None, config.model, held, warn=warn)
+        if not config.overwrite:
+            _refuse_another_run(folder)
+        return folder, None
+    own, path = resumed_from(config.resume, config.out)
+    folder = _hold(Path(config.out) if config.out else own, config.model, held, warn=warn)
+    if folder.resolve() != own.resolve():
+        _refuse_another_run(folder)
+    elif config.out and not path and not any(folder.glob("*.pt")):
+        return folder, None  # one command for every start of a job
+    return folder, path or load_newest(own, warn=warn)[0]
+
+
+def _hold(
+    folder: Path | None, model: str, held: contextlib.ExitStack, *, warn: Callable[[str], None]
+) -> Path:
+    """Lock a folder (None: a new one under runs/); one made here is removed if it stays empty."""
+    is_new = folder is None or not folder.exists()
+    try:
+        if folder is None:
+            folder = make_new(RUNS / time.strftime(f"{model}-%Y%m%d-%H%M%S"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            held.callback(_remove_empty, folder)
+        held.enter_context(locked(folder, warn=warn))
+    except OSError as error:
+        raise unusable(folder or RUNS, error) from None
+    return folder
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _refuse_another_run(folder: Path) -> None:
+    if files_of_a_run(folder):
+        raise UsageError(
+            f"{folder}: already holds a run. Continue it with --resume {folder}, replace it with "
+            "--overwrite, or choose another --out."
+        )
+
+
+def resumed_from(resume: str, out: str | None) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint (None: the newest whole one) that `--resume` means.
+
+    The run may go on elsewhere, in --out; its options are those of this folder.
+    """
+    if resume == "newest":
+        return Path(out) if out else newest_run(), None
+    path = Path(resume)
+    if path.is_dir():
+        return path, None
+    if not path.is_file():
+        raise CheckpointError(f"--resume {resume}: no such file or folder. Give a run's folder.")
+    return path.parent, path
+
+
+def newest_run() -> Path:
+    """The folder under runs/ that a run has written to last."""
+    written = {
+        folder: max(path.stat().st_mtime for path in files)
+        for folder in RUNS.glob("*")
+        if (files := files_of_a_run(folder))
+    }
+    if not written:
+        raise CheckpointError(f"{RUNS}/: no run here. Train one first, or name its folder or file.")
+    return max(written, key=written.get)
+
+
+def best_checkpoint(named: str | None) -> Path:
+    """The checkpoint file that `eval --checkpoint` means: a file, a run's best.pt, the newest's."""
+    path = newest_run() if named is None else Path(named)
+    if not path.is_dir():
+        return path
+    if not (path / "best.pt").is_file():
+        which = "the newest run, " if named is None else ""
+        raise CheckpointError(
+            f"{path}: {which}holds no best.pt. Name one of its .pt files, or another run, with "
+            "--checkpoint."
+        )
+    return path / "best.pt"
