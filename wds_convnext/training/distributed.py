@@ -108,8 +108,9 @@ def _announced_world() -> World:
     if None in (rank, size, local_rank) or rank >= size or (size > 1 and needs):
         found = ", ".join(f"{name}={text}" for name, text in said.items() if text is not None)
         raise UsageError(f"{found}: not what torchrun sets. {_TORCHRUN}")
-    local_size = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return World(rank, size, local_rank, int(local_size) if local_size.isdecimal() else size)
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    local_size = min(size, max(1, int(here))) if here.isdecimal() else size
+    return World(rank, size, local_rank, local_size)
 
 
 def _choose_device(name: str, world: World) -> torch.device:

@@ -100,7 +100,7 @@ def _train_and_validate(
                 watch.lap()  # images per second are those of training alone
             # After all the rest, so that a resumed run repeats and misses nothing of it.
             if saves or is_best:
-                _save(run, log=log, rundir=rundir, is_best=is_best)
+                _save(run, log=log, rundir=rundir, by_step=saves, is_best=is_best)
 
 
 def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> None:
@@ -208,7 +208,9 @@ def _validate(run: "Run", batches: Iterator[Batch], *, log: RunLog) -> bool:
     return is_best
 
 
-def _save(run: "Run", *, log: RunLog, rundir: RunDir, is_best: bool = False) -> None:
+def _save(
+    run: "Run", *, log: RunLog, rundir: RunDir, by_step: bool = True, is_best: bool = False
+) -> None:
     # The log goes to the disk first: a checkpoint must not be ahead of it.
     log.flush()
-    rundir.save(run, is_best=is_best)
+    rundir.save(run, by_step=by_step, is_best=is_best)

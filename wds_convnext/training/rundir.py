@@ -108,17 +108,18 @@ class RunDir:
             link_checkpoint(self.resumed, last)
         return notes
 
-    def save(self, run: "Run", *, is_best: bool = False) -> None:
-        """Write a checkpoint by its step's number, and give it the names last.pt and best.pt."""
+    def save(self, run: "Run", *, by_step: bool = True, is_best: bool = False) -> None:
+        """Write a checkpoint as last.pt, and under the names of its step and of the best."""
         if not self.world.is_main:
             return
-        numbered = self.path / f"step-{run.state.step:09d}.pt"
-        save_checkpoint(numbered, {**run.state.state_dict(), "facts": run.facts.to_dict()})
+        # last.pt comes last: a kill in between must not leave it with the accuracy of a best.pt
+        # that is not there. A resume from the one before makes the same best.pt again.
+        names = [f"step-{run.state.step:09d}.pt"] * by_step + ["best.pt"] * is_best + ["last.pt"]
+        first, *others = (self.path / name for name in names)
+        save_checkpoint(first, {**run.state.state_dict(), "facts": run.facts.to_dict()})
         try:
-            # last.pt comes last: a kill in between must not leave it with the accuracy of a best.pt
-            # that is not there. A resume from the one before makes the same best.pt again.
-            for name in (["best.pt"] if is_best else []) + ["last.pt"]:
-                link_checkpoint(numbered, self.path / name)
+            for path in others:
+                link_checkpoint(first, path)
             prune_steps(self.path, keep=self.keep)
         except OSError as error:
             raise CheckpointError(unwritable(error.filename, error)) from None
