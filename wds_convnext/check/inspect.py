@@ -5,8 +5,7 @@ Every image's header is read and its end looked for, at the speed of the disk; n
 
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,15 @@ from wds_convnext.check.labelmix import LabelMix, measure_label_mix
 from wds_convnext.check.parquetinfo import ParquetSummary, summarise_parquet
 from wds_convnext.check.sheet import draw_sheet
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
+from wds_convnext.check.survey import Survey, survey_shards
 from wds_convnext.config import InspectConfig
 from wds_convnext.conversion.sources import find_splits
-from wds_convnext.errors import DataError, ShardError, UsageError, printable
+from wds_convnext.errors import ShardError, UsageError, printable
 from wds_convnext.pool import Workers
-from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.image import ImageSurvey, inspect_image
+from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.naming import find_files, is_held_out
-from wds_convnext.shards.scan import scan_shard
-from wds_convnext.shards.sidecar import read_samples
-from wds_convnext.shards.spec import Shard, check_size, total_bytes
+from wds_convnext.shards.spec import Shard, total_bytes
 
 _MAX_CLASS_LINES = 20
 
@@ -154,19 +151,23 @@ def inspect(
     summaries: list[ShardSummary | ParquetSummary] = []
     with Workers(config.jobs) as workers:
         for split in splits:
-            dataset, surveys = _survey(split, workers, quiet)
-            labels = np.concatenate([survey.labels for survey in surveys])
+            dataset, survey = _survey(split, workers, quiet)
             mix = None
-            if len(labels) and not is_held_out(split.name):
+            if len(dataset) and not is_held_out(split.name):
                 mix = measure_label_mix(
-                    labels,
+                    survey.labels,
                     dataset.sizes,
                     batch_size=config.batch_size,
                     shuffle_buffer=config.shuffle_buffer,
                     seed=config.seed,
                     world_size=config.ranks,
                 )
-            summaries.append(_summarize(dataset, surveys, labels, mix))
+            counts = survey.class_counts(dataset.num_classes)
+            summaries.append(
+                ShardSummary(
+                    dataset, counts, survey.image_bytes, survey.images, survey.unusable, mix
+                )
+            )
             if sheet is not None:
                 is_all = split.manifest and split.is_whole
                 draw_sheet(
@@ -181,70 +182,22 @@ def _names_parquet(spec: str) -> bool:
     return not find_files(os.path.join(spec, "*.tar")) and any(Path(spec).glob("**/*.parquet"))
 
 
-@dataclass(frozen=True)
-class ShardSurvey:
-    """What was found in one shard."""
-
-    shard: Shard
-    labels: np.ndarray
-    image_bytes: np.ndarray
-    images: ImageSurvey = field(default_factory=ImageSurvey)
-    unusable: Counter[str] = field(default_factory=Counter)
-
-
-def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, list[ShardSurvey]]:
+def _survey(split: ShardSplit, workers: Workers, quiet: bool) -> tuple[Dataset, Survey]:
     """Look at every sample of a split; class names are numbers where no manifest has them."""
     if split.manifest_error:
         raise split.manifest_error
     if not split.paths:
         raise ShardError(f"{split.manifest_path}: lists no shard. Write the shards again.")
     manifest, listed = split.manifest, split.listed
-    field_name = manifest.label_field if manifest else "label"
-    tasks = [(listed.get(path, Shard(path, -1)), field_name) for path in split.paths]
-    num_images = sum(max(0, shard.num_samples) for shard, _ in tasks)
-    progress = Progress(f"{split.name}: inspect", total=num_images, quiet=quiet)
-    surveys = workers.run(survey_shard, tasks, progress=progress)
-    shards = tuple(survey.shard for survey in surveys)
+    survey = survey_shards(
+        [listed.get(path, Shard(path, -1)) for path in split.paths],
+        manifest.label_field if manifest else "label",
+        title=f"{split.name}: inspect",
+        workers=workers,
+        quiet=quiet,
+    )
     if manifest:
-        return replace(manifest, shards=shards), surveys
-    highest = max((int(survey.labels.max(initial=-1)) for survey in surveys), default=-1)
+        return replace(manifest, shards=survey.shards), survey
+    names = tuple(map(str, range(int(survey.labels.max(initial=-1)) + 1)))
     folder = Path(split.manifest_path).absolute().parent.name
-    return Dataset(folder, split.name, shards, tuple(map(str, range(highest + 1)))), surveys
-
-
-def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> ShardSurvey:
-    """Look at the header and the label of each sample of a shard (shard, label field)."""
-    stated, label_field = task
-    check_size(stated)
-    members = read_samples(stated.path)
-    shard = Shard(stated.path, len(members), os.path.getsize(stated.path))
-    labels, image_bytes = np.zeros((2, len(members)), np.int32)
-    survey = ShardSurvey(shard, labels, image_bytes)
-    samples = scan_shard(shard.path, members, label_field=label_field, images=True)
-    for number, sample in enumerate(samples):
-        if sample.error is not None:
-            raise sample.error
-        labels[number], image_bytes[number] = sample.label, len(sample.image)
-        try:
-            survey.images.add(inspect_image(sample.image))
-        except DataError as error:
-            survey.unusable[str(error)] += 1
-        count(1, len(sample.image))
-    return survey
-
-
-def _summarize(
-    dataset: Dataset, surveys: list[ShardSurvey], labels: np.ndarray, label_mix: LabelMix | None
-) -> ShardSummary:
-    images, unusable = ImageSurvey(), Counter[str]()
-    for survey in surveys:
-        images.merge(survey.images.to_json())
-        unusable += survey.unusable
-    counts = np.bincount(labels, minlength=dataset.num_classes)
-    if len(counts) > dataset.num_classes:
-        raise DataError(
-            f"{dataset.shards[0].path}: a label of {len(counts) - 1}, but the manifest names "
-            f"{dataset.num_classes} classes. wds-convnext verify finds the sample."
-        )
-    image_bytes = np.concatenate([survey.image_bytes for survey in surveys])
-    return ShardSummary(dataset, counts, image_bytes, images, unusable, label_mix)
+    return Dataset(folder, split.name, survey.shards, names), survey
