@@ -12,11 +12,10 @@ import torch
 
 import wds_convnext
 from wds_convnext.config import TrainConfig
-from wds_convnext.errors import ShardError
 from wds_convnext.progress import track
-from wds_convnext.shards.classes import with_classes
-from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.expand import absolute_spec, find_validation
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.expand import absolute_spec
+from wds_convnext.shards.opening import open_splits
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.loader import num_cores, num_workers
@@ -125,7 +124,11 @@ def open_run(
     if then:
         config = fit_to_checkpoint(config, then, machine.world)
     num_workers(config.workers, ranks=machine.world.local_size)  # refuses too many
-    train_data, val_data, val_spec = _open_splits(config)
+    train_data, val_data, val_spec = open_splits(
+        config.shards, config.val_shards, jobs=num_cores(), quiet=False
+    )
+    if config.check_shards:
+        _check_sha256(train_data, val_data)
     config = _with_absolute_paths(config)
     order = TrainOrder(
         train_data.sizes,
@@ -242,36 +245,10 @@ def _facts(
     )
 
 
-def _open_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None, str | None]:
-    """The training split, the validation split if there is one, and what names the latter."""
-    train_data = open_dataset(config.shards, jobs=num_cores(), quiet=False)
-    spec = config.val_shards or find_validation(train_data.shards[0].path)
-    val_data = None
-    if spec:
-        val_data = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
-        classes = _shared_classes(train_data, val_data)
-        train_data = with_classes(train_data, classes, of=spec)
-        val_data = with_classes(val_data, classes, of=config.shards)
-    if train_data.num_classes < 2:
-        raise ShardError(
-            f"{config.shards}: all {len(train_data):,} samples are of one class, so there is "
-            "nothing to learn. Look at their labels: wds-convnext inspect."
-        )
-    if config.check_shards:
-        for dataset in filter(None, (train_data, val_data)):
-            name = f"Checking {dataset.split}"
-            for shard in track(dataset.shards, name, unit="shards"):
-                check_sha256(shard)
-    return train_data, val_data, spec
-
-
-def _shared_classes(train_data: Dataset, val_data: Dataset) -> tuple[str, ...]:
-    """The class names of both splits: stated by a manifest, else as many as either has labels."""
-    if not train_data.is_counted:
-        return train_data.class_names
-    if not val_data.is_counted:
-        return val_data.class_names
-    return max(train_data.class_names, val_data.class_names, key=len)
+def _check_sha256(*datasets: Dataset | None) -> None:
+    for dataset in filter(None, datasets):
+        for shard in track(dataset.shards, f"Checking {dataset.split}", unit="shards"):
+            check_sha256(shard)
 
 
 def _without_checksums(dataset: Dataset) -> str:
