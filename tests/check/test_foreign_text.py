@@ -4,7 +4,9 @@ import json
 import os
 
 import pytest
-from conftest import command, encode_image, run, write_tar
+from conftest import command, encode_image, run, write_shards, write_tar
+
+from wds_convnext.check.verify import verify
 
 KEYS = ["plain", "esc\x1b[2J\x1b]0;title\x07", "line\nbreak", "caf\udce9", "\u202egnp", "tab\t"]
 CLASSES = ["ant", "\x1b[31mbee", "cat\ncat: 9,999 problems", "\u202egod"]
@@ -59,3 +61,20 @@ def test_a_folder_whose_name_is_no_text_is_no_traceback(tmp_path):
     assert done.returncode == 2
     assert r"caf\xe9\x1b[2J" in done.stderr
     assert done.stderr.rstrip("\n").isprintable()
+
+
+def test_a_flood_of_problems_is_ten_lines_and_a_count(tmp_path):
+    """All of them are in --json."""
+    manifest = write_shards(tmp_path, [1])
+    content = json.loads(manifest.read_text())
+    content["shardlist"] += [{"url": f"train-{i:03d}.tar", "nsamples": 1} for i in range(1, 2001)]
+    manifest.write_text(json.dumps(content))
+
+    report = verify(str(tmp_path), jobs=1, quiet=True)
+
+    lines = str(report).splitlines()
+    assert lines[0].endswith("2000 problems")
+    assert lines[10].startswith(f"  {tmp_path}/train-010.tar: missing")
+    assert lines[11] == "  and 1,990 more problems: --json lists them"
+    assert len(lines) == 13
+    assert len(report.to_json()["splits"][0]["problems"]) == 2000

@@ -224,3 +224,17 @@ def test_a_manifest_that_is_named_is_used_whatever_its_shards_are_called(tmp_pat
         file.write(bytes(512))
     with pytest.raises(ShardError, match="but its manifest says"):
         open_dataset(spec.format(folder=folder, other=other))
+
+
+@pytest.mark.parametrize("label", [b"1000000", b"99999999", b"3000000000", b"9" * 5000, b"-1"])
+def test_a_label_that_is_an_identifier_takes_no_memory(tmp_path, label):
+    """Without a manifest the highest label is the number of classes, so it is bounded first."""
+    (tmp_path / "a").mkdir()
+    write_tar(
+        tmp_path / "a" / "train-000.tar", [*sample_members(2), ("x.jpg", b""), ("x.cls", label)]
+    )
+
+    with pytest.raises(
+        DataError, match=r"key x: (label .* is outside the 1,000,000|the label b'999)"
+    ):
+        open_dataset(str(tmp_path / "a" / "train-000.tar"))
