@@ -8,6 +8,7 @@ import sys
 import termios
 
 import pytest
+from conftest import HANG_S
 
 from wds_convnext import progress as module
 from wds_convnext.progress import Progress, say, track
@@ -155,3 +156,31 @@ def test_say_is_a_line_on_stdout(capsys):
     say("Best Accuracy: 50.00%")
 
     assert capsys.readouterr() == ("Best Accuracy: 50.00%\n", "")
+
+
+OUTLASTING = """
+import sys
+from wds_convnext.progress import Progress, outlasting_output, say
+with outlasting_output():
+    for _ in range(3):
+        say("x" * 10_000)
+        print("y", file=sys.stderr, flush=True)
+    Progress("Work", total=2).add(1)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("stdout", ["gone", "closed", "full"])
+@pytest.mark.parametrize("stderr", ["gone", "closed", "full"])
+def test_output_that_cannot_be_written_is_dropped(stdout, stderr):
+    """A pipe without a reader, no stream at all, a full disk: the exit code is the program's."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    where = {"gone": f">&{pipe}", "closed": ">&-", "full": ">/dev/full"}
+    script = f'"$@" 1{where[stdout]} 2{where[stderr]}'
+    command = ["bash", "-c", script, "bash", sys.executable, "-c", OUTLASTING]
+
+    code = subprocess.call(command, pass_fds=[pipe], timeout=HANG_S)
+
+    os.close(pipe)
+    assert code == 75

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -145,6 +146,7 @@ def outlasting_output() -> Iterator[None]:
 
     Who reads them may go before the work is done: Ctrl-C ends `train | tee log` from the right, a
     terminal is closed, the disk of a log is full. That must not end a run that has yet to save.
+    A thread that cannot write (TensorBoard's) hands its error on, and prints no traceback.
     """
     # Files that are opened later must not take the numbers of streams that are closed (2>&-).
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -155,12 +157,19 @@ def outlasting_output() -> Iterator[None]:
         _Outlasting(stream or os.fdopen(descriptor, "w", closefd=False))
         for descriptor, stream in enumerate(before, start=1)
     )
+    hook, threading.excepthook = threading.excepthook, _print_unless_oserror
     try:
         yield
     finally:
+        threading.excepthook = hook
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+def _print_unless_oserror(failure: threading.ExceptHookArgs) -> None:
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 class _Outlasting:

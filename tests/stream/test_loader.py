@@ -96,12 +96,16 @@ def test_waiting_for_a_worker_can_be_ended(dataset):
     class Enough(Exception):
         pass
 
+    stopped = []
+
     def stop():
-        raise Enough
+        if stopped:
+            raise Enough
 
     batches = make_loader(train_stream(dataset), workers=1, while_waiting=stop)
     next(batches)
-    os.kill(workers_of_this_process()[0].pid, signal.SIGSTOP)
+    stopped += workers_of_this_process()
+    os.kill(stopped[0].pid, signal.SIGSTOP)
 
     with pytest.raises(Enough):
         for _ in range(5):

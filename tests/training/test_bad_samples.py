@@ -66,3 +66,49 @@ def test_shards_can_be_checked_before_a_run(capsys, damaged, tmp_path):
     assert code == 2
     assert "train-002.tar: its SHA-256 is" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def damaged_validation(shards, tmp_path):
+    """The shards with one validation image overwritten: shard 1, sample 2, key 000000011."""
+    out = tmp_path / "data"
+    shutil.copytree(shards, out)
+    member = next(m for m in read_sidecar(out / "validation-001.idx")[2] if m.extension == "jpg")
+    with open(out / "validation-001.tar", "r+b") as tar:
+        tar.seek(member.offset)
+        tar.write(b"\0" * member.num_bytes)
+    return out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_leaves_out_what_does_not_decode(capsys, damaged_validation, tmp_path, workers):
+    """Named in the log and in bad_samples.jsonl, counted in n; `eval` takes it only if told to."""
+    out = tmp_path / "run"
+    code, output, _ = train(capsys, damaged_validation, out, **{"--workers": workers})
+    listed = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    evaluation = ["eval", "--checkpoint", out, "--device", "cpu", "--workers", 0]
+    strict = call(capsys, *evaluation)
+    lenient = call(capsys, *evaluation, "--max-bad-samples", 0.1, "--json")
+
+    assert code == 0
+    num_validations = output.count("Validation: Loss")
+    assert output.count("Left out of the validation, which is of 12 samples: ") == num_validations
+    assert "validation-001.tar, key 000000011: " in output and "n = 12, " in output
+    assert [line["key"] for line in listed] == num_validations * ["000000011"]
+    assert strict[0] == 2 and "1 of 13 samples of the validation split do not decode" in strict[2]
+    result = json.loads(lenient[1])
+    assert result["num_samples"] == 12
+    assert f"Final Model Accuracy: {result['top1']:.2%}" in output
+
+
+def test_too_many_validation_images_that_do_not_decode_end_the_run(
+    capsys, damaged_validation, tmp_path
+):
+    """One of 13, where none may: with last.pt saved, and the option that allows more."""
+    code, _, err = train(
+        capsys, damaged_validation, tmp_path / "run", **{"--max-bad-val-samples": 0}
+    )
+
+    assert code == 2
+    assert "000000011" in err and "allow more with --max-bad-val-samples." in err
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["owes_validation"]

@@ -8,6 +8,7 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+import timm
 import torch
 from conftest import TINY_RUN, write_shards
 from hypothesis import given, settings
@@ -212,3 +213,29 @@ def test_metrics_that_are_damaged_are_left_out(tmp_path_factory, data):
 
     kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     assert all(type(line["step"]) is int and line["step"] <= 5 for line in kept)
+
+
+def test_a_resume_needs_no_start_weights_and_takes_shards_that_were_indexed_since(
+    capsys, shards, tmp_path, monkeypatch
+):
+    """The checkpoint has the weights; the files are the same. From another directory, too."""
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    for path in [*data.glob("*.json"), *data.glob("*.index")]:
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("test_convnext", num_classes=4).state_dict(), "start.pt")
+    flat = [part for pair in (TINY_RUN | {"--init-from": "start.pt"}).items() for part in pair]
+    spec = "data/train-000.tar,data/train-001.tar,data/train-002.tar"
+    places = ["--shards", spec, "--val-shards", "data/validation-000.tar,data/validation-001.tar"]
+    started = call(capsys, "train", *places, "--out", "run", *flat, "--max-steps", 7)
+    os.unlink("start.pt")
+    indexed = call(capsys, "index", data)
+    monkeypatch.chdir("/")
+
+    resumed = call(capsys, "train", "--resume", tmp_path / "run")
+    evaluated = call(capsys, "eval", "--checkpoint", tmp_path / "run", "--device", "cpu")
+
+    assert started[0] == indexed[0] == 0, (started, indexed)
+    assert resumed[0] == 0 and "Resumed at step 7." in resumed[1], resumed
+    assert evaluated[0] == 0 and "13 samples" in evaluated[1]
