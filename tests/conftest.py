@@ -114,6 +114,21 @@ def write_shards(folder: Path, sizes: list[int], *, split: str = "train") -> Pat
     return folder / f"{split}.json"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--start-method",
+        choices=["fork", "spawn"],
+        help="How loader workers start, instead of the platform's way: spawn is macOS's.",
+    )
+
+
+@pytest.fixture(autouse=True)
+def start_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start loader workers as --start-method says, if it is given."""
+    if method := request.config.getoption("--start-method"):
+        monkeypatch.setattr("wds_convnext.stream.loader.START_METHOD", method)
+
+
 @pytest.fixture(scope="session")
 def parquet(tmp_path_factory) -> Path:
     """A data set of three splits; 50 training samples in files of very different sizes."""
