@@ -11,6 +11,7 @@ from wds_convnext.config.fields import ByteSize, Config, option
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
     REFERENCE_LR,
+    WARMUP_EPOCHS,
     EvalConfig,
     TrainConfig,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "InspectConfig",
     "ShardsConfig",
     "TrainConfig",
+    "WARMUP_EPOCHS",
     "VerifyConfig",
     "option",
 ]

@@ -20,6 +20,7 @@ from wds_convnext.errors import UsageError
 
 # lr 4e-3 belongs to global batch 4096 (facebookresearch/ConvNeXt, TRAINING.md).
 REFERENCE_LR, REFERENCE_BATCH_SIZE = 4e-3, 4096
+WARMUP_EPOCHS = 5.0  # the article's; of a run that is short, a tenth of it
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,10 @@ class TrainConfig(Config):
         group="Optimization",
         type=NON_NEGATIVE,
     )
-    warmup_epochs: float = option(
-        5.0,
-        "Epochs in which the learning rate rises linearly.",
+    warmup_epochs: float | None = option(
+        None,
+        "Epochs in which the learning rate rises linearly. Default: 5, or a tenth of a run of "
+        "at most 15 epochs.",
         group="Optimization",
         type=NON_NEGATIVE,
     )
@@ -236,6 +238,10 @@ class TrainConfig(Config):
                 "--resume and --overwrite exclude each other: one continues the run, the other "
                 "deletes it. Give one."
             )
+        if self.warmup_epochs is None:
+            is_short = self.epochs <= 3 * WARMUP_EPOCHS
+            warmup_epochs = self.epochs / 10 if is_short else WARMUP_EPOCHS
+            object.__setattr__(self, "warmup_epochs", warmup_epochs)
         if self.batch_size % 2 and (self.mixup or self.cutmix) and self.mix_prob:
             raise UsageError(
                 f"--batch-size {self.batch_size}: mixing blends pairs, so it must be even. "

@@ -28,7 +28,7 @@ from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.fitting import check_ranks, check_resumable, fit_to_checkpoint
 from wds_convnext.training.monitor import Gauges, build_gauges
-from wds_convnext.training.schedule import lr_schedule, validation_schedule
+from wds_convnext.training.schedule import lr_schedule, schedule_notes, validation_schedule
 from wds_convnext.training.state import TrainState, build_state
 from wds_convnext.training.step import StepRecipe, build_recipe
 
@@ -166,6 +166,7 @@ def open_run(
     schedule = validation_schedule(config, order)
     if state.average and state.average.num_updates is not None:
         notes += filter(None, [warmup_note(config.ema_decay, schedule.last_step)])
+    notes += schedule_notes(config, order)
     validation = None
     if val_data is not None:
         validation = open_evaluation(

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from wds_convnext.config import REFERENCE_LR, TrainConfig
+from wds_convnext.config import REFERENCE_LR, WARMUP_EPOCHS, TrainConfig
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
 
 
 def lr_schedule(config: TrainConfig, order: TrainOrder) -> Callable[[int], float]:
     """The learning rate of a step of a run."""
+    assert config.warmup_epochs is not None  # a config fills it in
     return partial(
         lr_at,
         lr=scaled_lr(
@@ -55,6 +56,26 @@ def lr_warning(config: TrainConfig, global_batch_size: int) -> str | None:
         f"--lr {config.lr:g} belongs to a global batch of {reference}, this run's is "
         f"{global_batch_size}: --scale-lr linear would make it {linear:.2e}, sqrt {sqrt:.2e}."
     )
+
+
+def schedule_notes(config: TrainConfig, order: TrainOrder) -> list[str]:
+    """Sentences about a learning rate that does not go the usual way: up in 5 epochs, then down."""
+    warmup, notes = config.warmup_epochs or 0.0, []
+    if config.epochs <= 3 * WARMUP_EPOCHS and warmup == config.epochs / 10:
+        notes.append(f"Warm-up: {warmup:g} epochs, a tenth of the run (--warmup-epochs).")
+    if warmup >= config.epochs:
+        notes.append(
+            f"The learning rate only rises: --warmup-epochs {warmup:g} is not less than "
+            f"--epochs {config.epochs}. Give less, or leave it out for a tenth of the run."
+        )
+    num_steps = order.num_steps(config.epochs)
+    if config.max_steps and config.max_steps < num_steps:
+        last = lr_schedule(config, order)(config.max_steps - 1)
+        notes.append(
+            f"--max-steps {config.max_steps} ends the schedule of {num_steps:,} steps early: "
+            f"the last learning rate is {last:.2e}, not {config.min_lr:.2e}."
+        )
+    return notes
 
 
 def lr_at(
