@@ -336,3 +336,27 @@ def test_a_resume_as_something_else_is_one_line(capsys, finished, option, said):
     assert code == 2
     assert said in err and len(err.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["train", "--shards", "nowhere/*.tar"], "there is no folder nowhere"),
+        (["train", "--shards", "a.tar", "--val-shards", "c.tar"], "c.tar: no shard matches"),
+        (["train", "--shards", "a.tar", "--init-from", "w.pt"], "--init-from w.pt: no such file"),
+        (["train", "--shards", "a.tar", "b.tar", "c.tar"], "b.tar, c.tar: 2 arguments too many"),
+        (["train", "--shards", "a.tar", "--lr", "-1"], "--lr -1: expected a number > 0"),
+        (["verify", "a.tar", "b.tar"], "quote it: 'data/train-{000..012}.tar'"),
+    ],
+)
+def test_a_typo_is_answered_before_torch_is_imported(args, said, tmp_path):
+    (tmp_path / "a.tar").touch()
+    code = "import sys; sys.modules['torch'] = None; from wds_convnext.cli import main; main()"
+
+    result = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True
+    )
+
+    assert result.returncode == 2
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert result.stdout == ""

@@ -86,10 +86,30 @@ def train(ctx: click.Context, **options) -> None:
     if options["resume"]:
         options |= _options_of_the_run(ctx, options)
     config = TrainConfig(**options)
-    config.require_shards()  # before torch is imported, which takes seconds
+    config.require_shards()
+    _say_what_is_read(config)  # before torch is imported, which takes seconds
     from wds_convnext.training.train import train as run_training
 
     sys.exit(run_training(config))
+
+
+def _say_what_is_read(config: TrainConfig) -> None:
+    """The first line of a run: what its options name, so that a typo costs no time.
+
+    Raises:
+        WdsConvnextError: if shards or files that options name are not there.
+    """
+    from wds_convnext.shards.expand import expand_spec
+
+    paths = expand_spec(config.shards)
+    if config.val_shards:
+        expand_spec(config.val_shards, use="validation")
+    if config.init_from and not config.resume and not os.path.isfile(config.init_from):
+        raise UsageError(f"--init-from {config.init_from}: no such file. Name a state dict.")
+    if os.environ.get("RANK", "0") == "0":
+        last = f" to {os.path.basename(paths[-1])}" if len(paths) > 1 else ""
+        shards = f"{len(paths)} shard{'s' * (len(paths) != 1)}"
+        click.echo(f"Training on {paths[0]}{last} ({shards}). Importing torch …")
 
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:

@@ -130,6 +130,17 @@ class GroupedCommand(click.Command):
             with formatter.section("Examples"):
                 formatter.write(indent(self.examples.strip(), "  ") + "\n")
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True  # they are refused here, with advice
+        rest = super().parse_args(ctx, args)
+        if ctx.args:
+            what = "argument" if len(ctx.args) == 1 else "arguments"
+            raise UsageError(
+                f"{listing(ctx.args, limit=3)}: {len(ctx.args)} {what} too many. If the shell made "
+                "them of a pattern, quote it: 'data/train-{000..012}.tar'."
+            )
+        return rest
+
     def invoke(self, ctx: click.Context) -> Any:
         check_environment(ctx)
         return super().invoke(ctx)
