@@ -129,3 +129,50 @@ def test_a_resume_on_other_ranks_goes_on_with_the_same_global_batches(shards, tm
     assert both["facts"]["batch_size"] == 4 and both["step"] == one["step"]
     for key, value in one["model"].items():
         torch.testing.assert_close(both["model"][key], value, rtol=1e-3, atol=1e-5)
+
+
+# Rank 1 is given other arguments, or runs in another folder, as on a machine of its own.
+AS_RANK_1 = """
+import os, sys
+from wds_convnext.cli import main
+arguments, others, folder = (eval(text) for text in sys.argv[1:])
+if os.environ["RANK"] == "1":
+    os.chdir(folder)
+    arguments += others
+main(arguments)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "is_shared", "said"),
+    [
+        (
+            ["--seed", "5"],
+            True,
+            "rank 1 differs from rank 0 in seed of the training data (5,",
+        ),
+        (["--shards", "{shards}/train-000.tar"], True, "in shards of the training data ("),
+        ([], False, "rank 1: run/last.pt is not there, though rank 0 resumes from it."),
+    ],
+)
+def test_ranks_that_are_about_to_do_something_else_end_at_once(
+    shards, tmp_path, others, is_shared, said
+):
+    """Before the first step, in one line that names the rank and what it has."""
+    out = tmp_path / "run" if is_shared else "run"
+    command = train_command(shards, out, **PLAIN | {"--batch-size": 4, "--max-steps": 1})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "rank.py").write_text(AS_RANK_1)
+    if not is_shared:
+        run(two_ranks(command), cwd=tmp_path)
+        command.append("--resume")
+    others = [text.format(shards=shards) for text in others]
+    folder = tmp_path if is_shared else tmp_path / "elsewhere"
+
+    arguments = [repr(command[3:]), repr(others), repr(str(folder))]
+    result = run([*TORCHRUN, str(tmp_path / "rank.py"), *arguments], cwd=tmp_path, check=False)
+
+    assert result.returncode != 0
+    assert said in result.stderr
+    assert 'rank.py", line' not in result.stderr  # the only traceback is torchrun's own

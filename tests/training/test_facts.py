@@ -1,20 +1,21 @@
 """What a checkpoint says about its run is read back, by this version and from others."""
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_train import make_batch, make_step, run_config
 
-from wds_convnext.config import EvalConfig
+from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.errors import CheckpointError
 from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
 from wds_convnext.training.checkpoint import DataFacts, Facts, load_checkpoint, save_checkpoint
+from wds_convnext.training.distributed import announced_world
 from wds_convnext.training.evaluate import evaluate_checkpoint
 from wds_convnext.training.fitting import check_resumable
 from wds_convnext.training.model import create_model
@@ -143,6 +144,61 @@ def test_a_resume_with_other_options_warns_of_those_that_matter():
 
     named = [warning.split()[2] for warning in warnings]
     assert sorted(named) == ["image_size", "lr", "mean"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("log_every", 7), ("max_bad_samples", 0.5), ("on_nonfinite", "skip"), ("keep", 0)]
+    + [("reference_batch_size", 99), ("val_every", 3), ("save_every", 2), ("workers", 1)],
+)
+def test_options_that_change_no_bit_are_not_warned_about(name, value):
+    """Nor is the batch that --lr belongs to, as long as nothing scales with it."""
+    then = replace(FACTS, config=asdict(TrainConfig()))
+
+    check_resumable(then, replace(FACTS, config=then.config | {name: value}), warn=pytest.fail)
+
+
+def test_a_resume_that_names_other_starting_weights_is_refused():
+    """They would not be looked at. The same file, wherever it now is, is no difference."""
+    then = replace(FACTS, config={"init_from": "weights/a.pt"})
+
+    check_resumable(then, replace(FACTS, config={"init_from": "/x/a.pt"}), warn=pytest.fail)
+    with pytest.raises(CheckpointError, match="--init-from b.pt: a run that is resumed goes on"):
+        check_resumable(then, replace(FACTS, config={"init_from": "b.pt"}), warn=pytest.fail)
+
+
+def test_classes_that_differ_are_named():
+    """The first of them, and what to do."""
+    other = replace(FACTS, class_names=("ant", "cat"))
+
+    with pytest.raises(CheckpointError, match="class 1 is 'cat' here and 'bee' there"):
+        check_resumable(FACTS, other, warn=pytest.fail)
+
+
+def test_a_resume_takes_the_options_of_the_optimizer_from_the_config():
+    """Weight decay of the second group; moments and the last learning rate are the checkpoint's."""
+    state, recipe = make_step(weight_decay=0.05)
+    train_step(state, [make_batch(0)], lr=1e-3, recipe=recipe)
+    resumed, _ = make_step(weight_decay=0.9)
+
+    resumed.load_state_dict(state.state_dict())
+
+    assert [group["weight_decay"] for group in resumed.optimizer.param_groups] == [0.0, 0.9]
+    assert float(resumed.optimizer.param_groups[0]["lr"]) == 1e-3
+    one, other = (each.optimizer.state_dict()["state"] for each in (state, resumed))
+    torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+def test_default_workers_divide_the_cores_of_their_machine(monkeypatch):
+    """Not of all machines: on 1, 2, 4 or 8 of them, each rank of 8 a machine has as many."""
+    for num_machines in (1, 2, 4, 8):
+        announced = {"RANK": 0, "WORLD_SIZE": 8 * num_machines, "LOCAL_RANK": 0}
+        announced |= {"LOCAL_WORLD_SIZE": 8, "MASTER_ADDR": "here", "MASTER_PORT": 1}
+        for name, value in announced.items():
+            monkeypatch.setenv(name, str(value))
+        assert announced_world().local_size == 8
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert announced_world().local_size == 64
 
 
 def test_one_value_makes_transforms():

@@ -177,6 +177,31 @@ def test_a_checkpoint_of_ours_gives_its_average(tmp_path, name):
     assert_same_weights(model.state_dict(), source.state_dict() | average.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("trained_for", "is_kept"),
+    [
+        (["ant", "bee", "cat", "dog"], True),
+        (["ant", "bee", "dog", "cat"], False),
+        (["emu", "fox", "gnu", "hen"], False),
+        (None, True),  # a file that states no names
+    ],
+)
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit"])
+def test_a_head_is_kept_for_its_own_classes_only(tmp_path, name, trained_for, is_kept):
+    """Names decide, not their number; all the rest is loaded in any case."""
+    path = str(tmp_path / "best.pt")
+    source, model = make(name, seed=1), make(name, seed=2)
+    save_checkpoint(path, {"model": source.state_dict(), "facts": {"class_names": trained_for}})
+
+    note = init_from(model, path, class_names=("ant", "bee", "cat", "dog"))
+
+    weight = "head.fc.weight" if name == "test_convnext" else "head.weight"
+    head = [weight, weight.replace("weight", "bias")]
+    assert torch.equal(model.state_dict()[weight], source.state_dict()[weight]) == is_kept
+    assert ("of other classes (class " in note) == (not is_kept)
+    assert_same_weights(model.state_dict(), source.state_dict(), without=head)
+
+
 def test_safetensors_are_read(tmp_path):
     """The format of timm's weights on the Hugging Face hub."""
     path = str(tmp_path / "model.safetensors")

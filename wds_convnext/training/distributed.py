@@ -62,7 +62,7 @@ def join_world(device_name: str, *, timeout_s: float = 600) -> tuple[World, torc
     Raises:
         UsageError: if the device is not there.
     """
-    world = _announced_world()
+    world = announced_world()
     device = _choose_device(device_name, world)
     if world.size > 1:
         if device.type == "cuda":
@@ -86,7 +86,7 @@ _TORCHRUN = (
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def _announced_world() -> World:
+def announced_world() -> World:
     """What torchrun says in the environment, or one process.
 
     Raises:

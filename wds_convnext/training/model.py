@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from wds_convnext.errors import CheckpointError, UsageError, did_you_mean
+from wds_convnext.shards.classes import class_difference
 from wds_convnext.training.weights import read_weights
 
 
@@ -89,17 +90,18 @@ def check_batch_of_one(model: nn.Module, image_size: int) -> None:
         ) from None
 
 
-def init_from(model: nn.Module, path: str) -> str:
+def init_from(model: nn.Module, path: str, *, class_names: tuple[str, ...] | None = None) -> str:
     """Start from a file of weights (`.pt`, `.pth`, `.safetensors`), see `read_weights`.
 
-    A classifier of another number of classes is left fresh.
+    A classifier of other classes is left fresh: of another number, or of other names or their
+    order, where the file states them.
 
     Returns:
         One sentence on what was loaded and what was not.
     Raises:
         CheckpointError: if it cannot be read or belongs to another model.
     """
-    weights = read_weights(path, model)
+    weights, trained_for = read_weights(path, model)
     own = model.state_dict()
     fits = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
     head = set(_head_keys(model))
@@ -119,9 +121,13 @@ def init_from(model: nn.Module, path: str) -> str:
             f"--init-from {path}: weights of another model: {len(misfits)} tensors do not fit the "
             f"{len(own)} of this one, first {first} (expected {expected}, found {found}). " + advice
         )
+    reason = "of another size"
+    if class_names and trained_for and (difference := class_difference(class_names, trained_for)):
+        fits = {key: value for key, value in fits.items() if key not in head}
+        reason = f"of other classes ({difference})"
     model.load_state_dict(fits, strict=False)
     fresh = [key for key in own if key not in fits]
-    left = f"; left fresh, being of another size: {', '.join(fresh)}" if fresh else ""
+    left = f"; left fresh, being {reason}: {', '.join(fresh)}" if fresh else ""
     return f"Started from {path}: {len(fits)} of {len(own)} tensors{left}."
 
 

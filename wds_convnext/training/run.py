@@ -140,7 +140,11 @@ def open_run(
     if then and then.data.shards == train_data.digest_without_sums:  # they were indexed since
         facts = replace(facts, data=replace(facts.data, shards=then.data.shards))
     state, notes = build_state(
-        config, num_classes=train_data.num_classes, machine=machine, is_resumed=then is not None
+        config,
+        num_classes=train_data.num_classes,
+        machine=machine,
+        class_names=train_data.class_names,
+        is_resumed=then is not None,
     )
     notes += [
         _without_checksums(x) for x in (train_data, val_data) if x and not x.index.has_checksums

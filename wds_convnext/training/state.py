@@ -207,11 +207,17 @@ def keep_lr_on_device(optimizer: torch.optim.Optimizer, device: torch.device) ->
 
 
 def build_state(
-    config: TrainConfig, *, num_classes: int, machine: Machine, is_resumed: bool = False
+    config: TrainConfig,
+    *,
+    num_classes: int,
+    machine: Machine,
+    class_names: tuple[str, ...] | None = None,
+    is_resumed: bool = False,
 ) -> tuple[TrainState, list[str]]:
     """A fresh state on the device, and sentences about what it started from.
 
     Args:
+        class_names: what a classifier in --init-from must have been trained for.
         is_resumed: a checkpoint's weights follow, so none are looked for in --init-from.
     """
     torch.manual_seed(config.seed)
@@ -222,7 +228,7 @@ def build_state(
     if config.batch_size == 1:
         check_batch_of_one(model, config.image_size)
     starts_from = None if is_resumed else config.init_from
-    notes = [init_from(model, starts_from)] if starts_from else []
+    notes = [init_from(model, starts_from, class_names=class_names)] if starts_from else []
     model = model.to(machine.device, memory_format=torch.channels_last)
     groups = parameter_groups(model, weight_decay=config.weight_decay)
     optimizer = AdamP(groups, lr=config.lr)

@@ -24,8 +24,12 @@ _TORCHVISION_CONVNEXT = {
 }
 
 
-def read_weights(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
+def read_weights(
+    path: str, model: nn.Module
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...] | None]:
     """The tensors of a state dict's file, under the model's names where these can be made out.
+
+    And the class names that they were trained for, where the file is a checkpoint of ours.
 
     Known are files of ours, of timm's train.py, of the repositories that timm's models come from,
     and of torchvision where it has timm's names, or for ConvNeXt.
@@ -33,12 +37,16 @@ def read_weights(path: str, model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: if it cannot be read, or is not a dict.
     """
-    weights = _tensors(_read(path))
+    content = _read(path)
+    facts = content.get("facts")
+    names = facts.get("class_names") if isinstance(facts, dict) else None
+    class_names = tuple(names) if isinstance(names, list) else None
+    weights = _tensors(content)
     own = model.state_dict().keys()
     if weights.keys() <= own:
-        return weights
+        return weights, class_names
     known = [_from_torchvision(weights), _by_timms_filter(weights, model)]
-    return max([weights, *known], key=lambda named: len(named.keys() & own))
+    return max([weights, *known], key=lambda named: len(named.keys() & own)), class_names
 
 
 def _read(path: str) -> dict:
