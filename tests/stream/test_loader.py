@@ -1,6 +1,7 @@
 """The processes of a loader: killed, stopped, signalled, failing; what arrives stays the same."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -176,6 +177,22 @@ def test_a_process_that_fails_while_workers_run_ends(tmp_path):
 
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "SystemError: a bug of the trainer"
+
+
+def leave_a_loader_open(dataset) -> None:
+    """And keep it until the process ends, as a script's global does."""
+    leave_a_loader_open.loader = make_loader(train_stream(dataset), workers=2)
+    next(leave_a_loader_open.loader)
+
+
+def test_a_child_process_that_leaves_its_loader_open_ends(dataset):
+    """As the children of torch.multiprocessing.spawn may."""
+    child = multiprocessing.get_context("fork").Process(target=leave_a_loader_open, args=[dataset])
+    child.start()
+
+    child.join(HANG_S)
+
+    assert child.exitcode == 0
 
 
 def test_workers_outlive_the_signals_that_stop_a_run(dataset):

@@ -15,7 +15,6 @@ needs a way to give them back; resizing straight into the slot, numpy's copy int
 collection gain nothing.
 """
 
-import atexit
 import gc
 import itertools
 import math
@@ -26,9 +25,10 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Generic, TypeVar
 
 import torch
@@ -161,8 +161,7 @@ class _Worker(Generic[Item]):
             self._connection.send(None)
 
     def kill(self) -> None:
-        if self._process.exitcode is None:
-            _kill(self._process)
+        self._kill_process()
         self._connection.close()
 
     def _start(self) -> None:
@@ -182,10 +181,9 @@ class _Worker(Generic[Item]):
             ) from None
         finally:
             theirs.close()  # so that the process's death ends the connection
-        # At exit multiprocessing waits for its children after a SIGTERM, which these ignore:
-        # without this a process that ends by a traceback never ends. Registered last, called first.
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
+        # When a process ends, multiprocessing waits for its children after a SIGTERM, which these
+        # ignore: without this neither a traceback nor a child with an open loader would end.
+        self._kill_process = Finalize(None, _kill, (self._process,), exitpriority=100)
 
     def _restart(self) -> None:
         self.kill()
@@ -214,12 +212,6 @@ def _stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _kill_workers() -> None:
-    for process in active_children():
-        if process.daemon:
-            _kill(process)
 
 
 def _kill(process: BaseProcess) -> None:
