@@ -8,8 +8,9 @@ from conftest import write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wds_convnext.check.index import read_class_names
 from wds_convnext.door import base_name, check_shape, count, parse_json, read_bounded, text
-from wds_convnext.errors import ShardError
+from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.dataset import open_dataset, read_manifest
 
 JSON = st.recursive(
@@ -108,3 +109,12 @@ def test_a_sidecar_of_gigabytes_is_not_read(tmp_path):
 
     with pytest.raises(ShardError, match=r"train-000.idx: not a whole sidecar .*the limit is"):
         open_dataset(str(manifest))
+
+
+@pytest.mark.parametrize("content", [b'["a", "\\ud800"]', b"[" * 9999, b"\xff", b'["a", NaN]'])
+def test_class_names_that_cannot_be_written_are_refused(tmp_path, content):
+    """Before a shard is read."""
+    (tmp_path / "names.json").write_bytes(content)
+
+    with pytest.raises(UsageError, match=r"--class-names .*names.json: not a readable text file"):
+        read_class_names(str(tmp_path / "names.json"))

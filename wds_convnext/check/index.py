@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ from wds_convnext.check.splits import (
     hash_keys,
 )
 from wds_convnext.config import IndexConfig
+from wds_convnext.door import parse_json, read_bounded
 from wds_convnext.errors import ShardError, UsageError, WdsConvnextError, listing
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
@@ -176,9 +176,10 @@ def read_class_names(path: str) -> tuple[str, ...]:
         UsageError: if it cannot be read, or a name is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_bounded(path).decode("utf-8-sig")
+        is_json = text.lstrip()[:1] in ("[", "{")
+        names = parse_json(text, lambda value: "") if is_json else text.splitlines()
+    except (OSError, ValueError) as error:
         raise UsageError(f"--class-names {path}: not a readable text file ({error}).") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(
