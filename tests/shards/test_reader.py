@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.shards.dataset import open_dataset, read_manifest
-from wds_convnext.shards.expand import find_validation
+from wds_convnext.shards.expand import find_counterpart
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.sidecar import format_sidecar, sidecar_path
@@ -437,7 +437,7 @@ def test_validation_shards_are_found_by_name(tmp_path, files, expected):
     for name in files:
         (tmp_path / name).touch()
 
-    found = find_validation(f"{tmp_path}/train-000.tar")
+    found = find_counterpart(f"{tmp_path}/train-000.tar", use="validation")
 
     assert found == (expected and f"{tmp_path}/{expected}")
 

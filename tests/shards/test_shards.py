@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
 from wds_convnext.shards.dataset import Dataset, read_manifest
-from wds_convnext.shards.expand import expand_spec, find_validation
+from wds_convnext.shards.expand import expand_spec, find_counterpart
 from wds_convnext.shards.naming import is_held_out, purpose, split_of
 from wds_convnext.shards.spec import (
     Shard,
@@ -213,7 +213,7 @@ def test_validation_shards_go_with_the_training_shards(tmp_path, there, training
     for name in (*there, training):
         (folder / name).touch()
 
-    found = find_validation(f"{folder}/{training}")
+    found = find_counterpart(f"{folder}/{training}", use="validation")
 
     assert found == (expected and f"{folder}/{expected}")
     assert found is None or len(expand_spec(found)) == 1

@@ -146,7 +146,7 @@ def test_the_newest_run_is_named_not_passed_over(finished, tmp_path, monkeypatch
     os.utime(tmp_path / "runs" / "new" / "config.toml", (2**33, 2**33))
 
     assert newest_run() == Path("runs/new")
-    with pytest.raises(CheckpointError, match="runs/new: the newest run, holds no best.pt."):
+    with pytest.raises(CheckpointError, match="runs/new: the newest run, holds no best.pt and no"):
         best_checkpoint(None)
     assert best_checkpoint("runs/old") == Path("runs/old/best.pt")
 

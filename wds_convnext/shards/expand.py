@@ -201,11 +201,11 @@ def _nothing(part: str) -> list[str]:
     raise ShardError(f"{part}: no shard matches.{hint} Write shards with wds-convnext shards.")
 
 
-def find_validation(train_shard: str) -> str | None:
-    """A spec of the validation shards next to a training shard; None if there are none."""
+def find_counterpart(train_shard: str, *, use: str) -> str | None:
+    """A spec of the "validation" or "test" shards next to a training shard; None without any."""
     folder = os.path.dirname(train_shard)
     splits = _splits_in(folder)
-    split = counterpart(split_of(train_shard), splits)
+    split = counterpart(split_of(train_shard), splits, use=use)
     if split is None:
         return None
     manifest, found = splits[split]

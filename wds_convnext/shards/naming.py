@@ -45,11 +45,15 @@ def _words(split: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", split)]
 
 
-def counterpart(split: str, others: Iterable[str]) -> str | None:
-    """The validation split that belongs to a training split: `a-train` -> `a-val`, else `val`."""
-    words = [*_PURPOSES["train"], *_PURPOSES["validation"]]
+def counterpart(split: str, others: Iterable[str], *, use: str) -> str | None:
+    """The split for a use that belongs to a training split: `a-train` -> `a-val`, else `val`.
+
+    Args:
+        use: "validation" or "test".
+    """
+    words = [*_PURPOSES["train"], *_PURPOSES[use]]
     own = [word for word in _words(split) if word not in words]
-    held_out = [other for other in others if purpose(other) == "validation"]
+    held_out = [other for other in others if purpose(other) == use]
     for rest in (own, []):
         fitting = [o for o in held_out if [w for w in _words(o) if w not in words] == rest]
         if fitting:

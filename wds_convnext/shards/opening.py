@@ -3,7 +3,7 @@
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
-from wds_convnext.shards.expand import find_validation
+from wds_convnext.shards.expand import find_counterpart
 
 
 def open_splits(
@@ -21,7 +21,7 @@ def open_splits(
         ShardError: if the splits cannot be opened, or their classes differ or are fewer than two.
     """
     train_data = open_dataset(shards, jobs=jobs, quiet=quiet)
-    spec = val_shards or find_validation(train_data.shards[0].path)
+    spec = val_shards or find_counterpart(train_data.shards[0].path, use="validation")
     val_data = None
     if spec:
         val_data = open_dataset(spec, use="validation", jobs=jobs, quiet=quiet)

@@ -104,14 +104,18 @@ def newest_run() -> Path:
 
 
 def best_checkpoint(named: str | None) -> Path:
-    """The checkpoint file that `eval --checkpoint` means: a file, a run's best.pt, the newest's."""
+    """The checkpoint file that `eval --checkpoint` means: a file, a run's best.pt, the newest's.
+
+    A run that was not validated has no best.pt: its last.pt is meant.
+    """
     path = newest_run() if named is None else Path(named)
     if not path.is_dir():
         return path
-    if not (path / "best.pt").is_file():
-        which = "the newest run, " if named is None else ""
-        raise CheckpointError(
-            f"{path}: {which}holds no best.pt. Name one of its .pt files, or another run, with "
-            "--checkpoint."
-        )
-    return path / "best.pt"
+    for name in ("best.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    which = "the newest run, " if named is None else ""
+    raise CheckpointError(
+        f"{path}: {which}holds no best.pt and no last.pt. Name one of its .pt files, or another "
+        "run, with --checkpoint."
+    )

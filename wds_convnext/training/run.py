@@ -94,7 +94,7 @@ class Run:
         config, machine, order, data = self.config, self.machine, self.order, self.train_data
         num_parameters = sum(p.numel() for p in self.state.model.parameters())
         if self.validation is None:
-            validation = "no validation shards found (name some with --val-shards)"
+            validation = "none for validation"
         else:
             validation = f"{len(self.validation.stream.dataset):,} for validation"
         amp = "float32" if machine.amp == "off" else machine.amp

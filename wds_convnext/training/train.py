@@ -1,6 +1,7 @@
 """Training from the first line that is printed to the last."""
 
 import gc
+import shlex
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
@@ -10,6 +11,7 @@ import click
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, TrainingError
+from wds_convnext.shards.expand import find_counterpart
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
 from wds_convnext.training.claim import claim
 from wds_convnext.training.distributed import (
@@ -33,6 +35,11 @@ from wds_convnext.training.loop import fit
 from wds_convnext.training.run import Run, open_run
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.schedule import lr_warning
+
+_UNVALIDATED = (
+    "No validation shards were found, so no accuracy is known, and no best.pt is chosen. "
+    "Name some with --val-shards."
+)
 
 
 def train(config: TrainConfig | None = None, **options) -> int:
@@ -85,7 +92,9 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
         notes += [f"Resumed at step {step}. Read {rundir.resumed}; goes on in {rundir.path}."]
         if step >= run.schedule.last_step:
             notes += ["All steps of the run are done; more --epochs or --max-steps train on."]
-    for line in (run.introduction(), *notes):
+    if run.validation is None:
+        notes += [_UNVALIDATED]
+    for line in (run.introduction(), f"The run's folder is {rundir.path}.", *notes):
         say(line)
     if warning := lr_warning(config, run.order.global_batch_size):
         warn(warning)
@@ -113,7 +122,21 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
         )
         say(f"Continue with: wds-convnext train --resume {rundir.path}")
         return STOPPED_EXIT_CODE
+    for line in _next_commands(run, rundir):
+        say(line)
     return 0
+
+
+def _next_commands(run: Run, rundir: RunDir) -> list[str]:
+    """Where a finished run is, and what to type next."""
+    path = shlex.quote(str(rundir.path))
+    evaluate = f"wds-convnext eval --checkpoint {path}"
+    if test := find_counterpart(run.train_data.shards[0].path, use="test"):
+        evaluate += f" --shards {shlex.quote(test)}"
+    commands = [evaluate] if test or run.validation else []
+    commands.append(f"tensorboard --logdir {path}")
+    lines = [f"{'' if i else 'next:':5} {command}" for i, command in enumerate(commands)]
+    return lines if run.validation else [_UNVALIDATED, *lines]
 
 
 def _evaluate_best(run: Run, rundir: RunDir, *, vote: StopVote, say: Callable) -> None:
