@@ -24,6 +24,7 @@ from wds_convnext.config import (
     BenchConfig,
     ByteSize,
     Config,
+    DoctorConfig,
     EvalConfig,
     IndexConfig,
     InspectConfig,
@@ -54,6 +55,7 @@ CONFIGS = {
     "inspect": InspectConfig,
     "index": IndexConfig,
     "bench": BenchConfig,
+    "doctor": DoctorConfig,
 }
 
 

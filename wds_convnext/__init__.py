@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wds_convnext.check.bench import bench
+    from wds_convnext.check.doctor import doctor
     from wds_convnext.check.index import index
     from wds_convnext.check.inspect import inspect
     from wds_convnext.check.verify import verify
     from wds_convnext.config import (
         BenchConfig,
+        DoctorConfig,
         EvalConfig,
         IndexConfig,
         InspectConfig,
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "check.bench": ["bench"],
+    "check.doctor": ["doctor"],
     "check.index": ["index"],
     "check.inspect": ["inspect"],
     "check.verify": ["verify"],
     "config": [
         "BenchConfig",
+        "DoctorConfig",
         "EvalConfig",
         "IndexConfig",
         "InspectConfig",

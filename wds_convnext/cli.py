@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from click.core import ParameterSource
 from wds_convnext import __version__, errors
 from wds_convnext.config import (
     BenchConfig,
+    DoctorConfig,
     EvalConfig,
     IndexConfig,
     InspectConfig,
@@ -21,6 +23,7 @@ from wds_convnext.config import (
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.files import format_json
 from wds_convnext.options import (
+    Command,
     GroupedCommand,
     GroupedOption,
     add_options,
@@ -44,6 +47,37 @@ def commands() -> None:
     """Train image classifiers from WebDataset tar shards."""
 
 
+def add_train_options(config_class: type[TrainConfig]) -> Callable[[Command], Command]:
+    """A decorator that gives a command the options of a training, and those for presets."""
+
+    def decorate(command: Command) -> Command:
+        for name, path_of, help in (
+            (
+                "--config",
+                Path,
+                "A TOML file of these options (image_size = 224). Stronger than --recipe, weaker "
+                "than the environment (WDS_CONVNEXT_TRAIN_IMAGE_SIZE) and the command line.",
+            ),
+            (
+                "--recipe",
+                recipe_path,
+                "A preset that ships with the package: article, cifar10, digits.",
+            ),
+        ):
+            command = click.option(
+                name,
+                cls=GroupedOption,
+                group="Presets",
+                is_eager=True,
+                expose_value=False,
+                callback=toml_layer(config_class, path_of),
+                help=help,
+            )(command)
+        return add_options(config_class)(command)
+
+    return decorate
+
+
 @commands.command(
     cls=GroupedCommand,
     examples="""
@@ -53,26 +87,7 @@ wds-convnext train --recipe cifar10 --shards cifar/train.json
 wds-convnext train --resume runs/convnext_base-20261125-101500
 """,
 )
-@add_options(TrainConfig)
-@click.option(
-    "--recipe",
-    cls=GroupedOption,
-    group="Presets",
-    is_eager=True,
-    expose_value=False,
-    callback=toml_layer(TrainConfig, recipe_path),
-    help="A preset that ships with the package: article, cifar10, digits.",
-)
-@click.option(
-    "--config",
-    cls=GroupedOption,
-    group="Presets",
-    is_eager=True,
-    expose_value=False,
-    callback=toml_layer(TrainConfig, Path),
-    help="A TOML file of these options (image_size = 224). Stronger than --recipe, weaker than "
-    "the environment (WDS_CONVNEXT_TRAIN_IMAGE_SIZE) and the command line.",
-)
+@add_train_options(TrainConfig)
 @click.pass_context
 def train(ctx: click.Context, **options) -> None:
     """Train a classifier on tar shards.
@@ -124,6 +139,34 @@ def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     unset = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.DEFAULT}
     unset -= {"max_steps", "profile"}  # these are about one start of the run
     return {name: value for name, value in content.items() if name in unset}
+
+
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext doctor data/train.json
+wds-convnext doctor --recipe cifar10 --shards cifar/train.json --step
+wds-convnext doctor data/train.json --model convnext_tiny --ranks 8 --json
+""",
+)
+@click.argument("spec", metavar="[SHARDS]", required=False)
+@add_train_options(DoctorConfig)
+@click.pass_context
+def doctor(ctx: click.Context, spec: str | None, **options) -> None:
+    """Look at a training before it is started: its data, its options, this machine.
+
+    It takes the options of train: write doctor in place of train. Every image's header and bytes
+    are read, in all splits; each finding says what was found, why it matters and what to do.
+
+    Exit codes: 0 nothing was found; 1 something was; 2 usage or data error, explained in one line.
+    """
+    if options["resume"]:
+        options |= _options_of_the_run(ctx, options)
+    from wds_convnext.check.doctor import doctor as examine
+
+    report = examine(spec, DoctorConfig(**options))
+    click.echo(json.dumps(report.to_json()) if options["json"] else "\n".join(report.lines()))
+    sys.exit(1 if report.findings else 0)
 
 
 @commands.command(

@@ -87,3 +87,24 @@ def tree_cpu_s() -> float | None:
             continue
         ticks = (ticks or 0) + sum(map(int, fields[11:15]))
     return None if ticks is None else ticks / os.sysconf("SC_CLK_TCK")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process and the page cache may still take; None where it is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container
+    except (OSError, ValueError):  # there is no limit
+        return free
+
+
+def cpu_lacks_bf16() -> bool:
+    """Whether the CPU is known to compute bfloat16 by detours; False where it is not known."""
+    try:
+        return "bf16" not in Path("/proc/cpuinfo").read_text()  # avx512_bf16, amx_bf16, Arm's bf16
+    except OSError:
+        return False

@@ -12,6 +12,7 @@ from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
     REFERENCE_LR,
     WARMUP_EPOCHS,
+    DoctorConfig,
     EvalConfig,
     TrainConfig,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "BenchConfig",
     "ByteSize",
     "Config",
+    "DoctorConfig",
     "EvalConfig",
     "IndexConfig",
     "InspectConfig",

@@ -261,6 +261,27 @@ class TrainConfig(Config):
 
 
 @dataclass(frozen=True)
+class DoctorConfig(TrainConfig):
+    """A training that `wds-convnext doctor` looks at before it is started, and how."""
+
+    ranks: int = option(
+        1, "Processes of the training, all on one machine.", group="Doctor", type=COUNT
+    )
+    step: bool = option(
+        False,
+        "Also measure the training step on this device, and compare the loader with it.",
+        group="Doctor",
+    )
+    json: bool = option(False, "Print one JSON object.", group="Doctor")
+    jobs: int | None = option(
+        None,
+        "Processes that look at the samples. Default: one per CPU core.",
+        group="Doctor",
+        type=COUNT,
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig(Config):
     """What `wds-convnext eval` measures."""
 

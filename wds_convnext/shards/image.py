@@ -207,6 +207,11 @@ class ImageSurvey:
         """Counts as lists of (value, number), sorted."""
         return {name: sorted(counter.items()) for name, counter in vars(self).items()}
 
+    @property
+    def median_side(self) -> int:
+        """The median of the short sides, in pixels; there has to be one."""
+        return _median(self.short_sides)
+
     def describe_sizes(self) -> str:
         """Smallest, median and largest of the sides, as text."""
         return "; ".join(

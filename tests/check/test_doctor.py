@@ -1,0 +1,360 @@
+"""Each rule of the doctor finds what it is about, and nothing where that is right."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import encode_image, write_tar
+from PIL import Image
+
+from wds_convnext.check import doctor as module
+from wds_convnext.check.case import Case, Finding
+from wds_convnext.check.doctor import Check, doctor
+from wds_convnext.check.machine import (
+    MACHINE_RULES,
+    checkpoint_bytes,
+    disk_space,
+    precision,
+    shard_count,
+)
+from wds_convnext.check.rules import DATA_RULES
+from wds_convnext.cli import main
+from wds_convnext.config import DoctorConfig
+from wds_convnext.errors import ShardError, UsageError
+from wds_convnext.shards.spec import Shard
+from wds_convnext.training.checkpoint import save_checkpoint
+from wds_convnext.training.distributed import Machine, World
+from wds_convnext.training.state import build_state
+
+SMALL = {"image_size": 8, "jobs": 1, "workers": 0, "epochs": 30, "warmup_epochs": 5, "lr": 0.001}
+
+
+def encode(mode: str, size: tuple[int, int] = (12, 10), **options) -> bytes:
+    """A JPEG of noise, another each time."""
+    pixels = np.random.default_rng().integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def picture(number: int) -> bytes:
+    return encode_image(number, size=(12, 10))
+
+
+def write_split(folder: Path, split: str, samples: list[tuple[bytes, int]], num_shards=1) -> None:
+    """Raw shards of (image, label)."""
+    folder.mkdir(exist_ok=True)
+    for shard, part in enumerate(np.array_split(np.arange(len(samples)), num_shards)):
+        members = []
+        for i in part.tolist():
+            image, label = samples[i]
+            members += [(f"{split}{i}.jpg", image), (f"{split}{i}.cls", str(label).encode())]
+        write_tar(folder / f"{split}-{shard:03d}.tar", members)
+
+
+def plain(start: int, num: int = 8, num_classes: int = 2) -> list[tuple[bytes, int]]:
+    return [(picture(i), i % num_classes) for i in range(start, start + num)]
+
+
+def examine(folder: Path, **options) -> Case:
+    config = DoctorConfig(shards=str(folder), **SMALL | {"batch_size": 2} | options)
+    return module._examine(config, quiet=True)
+
+
+def found(case: Case) -> dict[str, list[Finding]]:
+    """By rule, what those that need no torch find."""
+    checks = [Check.of(rule, case) for rule in DATA_RULES]
+    return {check.rule: list(check.findings) for check in checks if check.findings}
+
+
+def test_nothing_is_found_where_all_is_well(tmp_path):
+    """By no rule; then each line is one of "ok"."""
+    write_split(tmp_path, "train", plain(0))
+    write_split(tmp_path, "val", plain(100))
+
+    case = examine(tmp_path)
+
+    assert found(case) == {}
+    assert [split.name for split in case.splits] == ["train", "val"]
+    assert all(len(Check.of(rule, case).lines()) == 1 for rule in DATA_RULES)
+
+
+def test_images_in_two_splits_are_found(tmp_path):
+    """By their bytes, under other keys; in a test split, too, which training does not open."""
+    train = plain(0)
+    write_split(tmp_path, "train", train)
+    write_split(tmp_path, "val", [*plain(100), train[3], train[4]])
+    write_split(tmp_path, "test", [*plain(200), train[5]])
+
+    (in_val, in_test) = found(examine(tmp_path))["shared_images"]
+
+    assert "Images of val that are in train, too: 2 of 10" in in_val.found
+    assert "Images of test that are in train, too: 1 of 9" in in_test.found
+    keys = [[(x["split"], x["key"]) for x in image] for image in in_test.samples]
+    assert keys == [[("train", "train5"), ("test", "test8")]]
+
+
+def test_images_twice_in_a_split_are_found_and_two_labels_of_one(tmp_path):
+    """A repeated image is a duplicate; with another label it is a conflict as well."""
+    train = plain(0)
+    write_split(tmp_path, "train", [*train, train[0], (train[1][0], 0)], num_shards=2)
+
+    findings = found(examine(tmp_path))
+
+    (duplicates,), (conflict,) = findings["duplicates"], findings["label_conflicts"]
+    assert duplicates.found.startswith("Repeated images in train: 2 of 10")
+    assert conflict.found == "Images with two labels: 1, e.g. train1 is 1 and train9 0."
+    assert [x["shard"][-7:] for x in conflict.samples[0]] == ["000.tar", "001.tar"]
+
+
+def test_images_that_cannot_be_used_are_counted_and_are_no_copies(tmp_path):
+    """Empty ones are equal, but that is not what is wrong with them."""
+    write_split(tmp_path, "train", [*plain(0), (b"", 0), (b"", 1)])
+
+    findings = found(examine(tmp_path))
+
+    assert list(findings) == ["unusable_images"]
+    assert findings["unusable_images"][0].found == "Images that cannot be used: 2 (2 empty)."
+
+
+def test_classes_that_a_split_lacks_are_named(tmp_path):
+    """In the training split, where they cannot be learned, and in one for validation."""
+    write_split(tmp_path, "train", plain(0, 9, num_classes=3))
+    write_split(tmp_path, "val", plain(100, num_classes=2))
+
+    (finding,) = found(examine(tmp_path))["missing_classes"]
+
+    assert finding.found == "Classes without a sample in val: 1 of 3: 2."
+    write_split(tmp_path, "train", [*plain(0), (picture(50), 3)])
+    (first, second) = found(examine(tmp_path))["missing_classes"]
+    assert first.found == "Classes without a sample in train: 1 of 4: 2."
+    assert second.found == "Classes without a sample in val: 2 of 4: 2, 3."
+
+
+@pytest.mark.parametrize(("num", "is_found"), [(9, False), (10, True)])
+def test_a_class_ten_times_as_large_is_found(tmp_path, num, is_found):
+    write_split(tmp_path, "train", [(picture(i), int(i == 0)) for i in range(num + 1)])
+
+    assert ("class_imbalance" in found(examine(tmp_path))) == is_found
+
+
+@pytest.mark.parametrize(("shuffle_buffer", "is_found"), [(1, True), (64, False)])
+def test_a_buffer_that_does_not_mix_sorted_shards_is_found(tmp_path, shuffle_buffer, is_found):
+    """A buffer of one reads lane by lane; one of all samples is uniform."""
+    write_split(tmp_path, "train", [(picture(i), i // 8) for i in range(64)], num_shards=2)
+
+    case = examine(tmp_path, shuffle_buffer=shuffle_buffer, batch_size=8)
+    # One lane, as where shards are many; 32 lanes mix eight classes of eight samples anyway.
+    case = replace(case, order=replace(case.order, num_lanes=1))
+
+    assert ("label_mix" in found(case)) == is_found
+
+
+@pytest.mark.parametrize(
+    ("image_size", "said"),
+    [(8, None), (10, None), (224, "Smaller than --image-size 224: 100%"), (64, "Smaller than")],
+)
+def test_images_smaller_than_the_models_are_found(tmp_path, image_size, said):
+    write_split(tmp_path, "train", plain(0))
+
+    findings = found(examine(tmp_path, image_size=image_size))
+
+    assert findings == {} if said is None else said in findings["image_sizes"][0].found
+
+
+def test_images_many_times_the_models_are_found(tmp_path):
+    write_split(tmp_path, "train", [(encode("RGB", (48, 33)), i % 2) for i in range(4)])
+
+    (finding,) = found(examine(tmp_path))["image_sizes"]
+
+    assert finding.found.startswith("The median image has 33 px, more than four times")
+
+
+def test_images_that_exif_turns_are_found(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_split(tmp_path, "train", [*plain(0), (encode("RGB", exif=exif), 0)])
+
+    (finding,) = found(examine(tmp_path))["rotations"]
+
+    assert finding.found == "Images that EXIF turns or mirrors: 1 of 9."
+
+
+@pytest.mark.parametrize(
+    ("modes", "said"),
+    [
+        (["RGB"] * 8, []),
+        (["L"] * 8, []),
+        (["RGB"] * 6 + ["L"] * 2, ["Gray images: 25%; the others have colors."]),
+        (["RGB"] * 7 + ["CMYK"], ["Images in CMYK: 1 of 8."]),
+    ],
+)
+def test_mixed_color_modes_are_found(tmp_path, modes, said):
+    """CMYK in any number; gray where it is neither rare nor all."""
+    write_split(tmp_path, "train", [(encode(mode), i % 2) for i, mode in enumerate(modes)])
+
+    assert [f.found for f in found(examine(tmp_path)).get("color_modes", [])] == said
+
+
+def test_shards_larger_than_memory_are_found(tmp_path):
+    """By the sizes that their manifest states, so that a test needs no such disk."""
+    write_split(tmp_path, "train", plain(0))
+    case = examine(tmp_path)
+    large = tuple(replace(shard, num_bytes=1 << 50) for shard in case.train.dataset.shards)
+    train = replace(case.train, dataset=replace(case.train.dataset, shards=large))
+
+    (finding,) = found(replace(case, splits=(train,)))["page_cache"]
+
+    assert finding.found.startswith("The shards have 1,125,899.9 GB")
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"lr": 4e-3}, "learning_rate"),
+        ({"lr": 4e-3, "scale_lr": "linear"}, None),
+        ({"lr": 4e-3, "batch_size": 4, "ranks": 4, "accumulate": 256}, None),
+        ({"epochs": 10}, "warmup"),
+        ({"epochs": 15}, None),
+        ({"epochs": 3, "warmup_epochs": 0}, None),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_found(tmp_path, options, rule):
+    """A rate for another global batch, which ranks and accumulation make; a long warm-up."""
+    write_split(tmp_path, "train", plain(0))
+
+    assert list(found(examine(tmp_path, **options))) == ([rule] if rule else [])
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "workers", "is_found"),
+    [(10**10, 2, True), (10**8, 2, False), (10**10, 1, False)],
+)
+def test_few_large_shards_are_found(tmp_path, num_bytes, workers, is_found):
+    """Fewer than loader processes, which matters to what goes shard by shard."""
+    write_split(tmp_path, "train", plain(0))
+    case = examine(tmp_path, workers=workers)
+    train = replace(
+        case.train, dataset=replace(case.train.dataset, shards=(Shard("a.tar", 8, num_bytes),))
+    )
+
+    assert bool(list(shard_count(replace(case, splits=(train,))))) == is_found
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cpu"}, "The device is there: cpu, float32."),
+        ({"device": "cpu", "amp": "fp16"}, "--amp fp16 needs CUDA, found cpu"),
+        ({"device": "cuda:99"}, "--device cuda:99: "),
+    ],
+)
+def test_a_precision_or_device_that_is_not_there_is_found(tmp_path, options, said):
+    """A finding, not an error: the rest of the report stands."""
+    write_split(tmp_path, "train", plain(0))
+
+    (finding,) = precision(examine(tmp_path, **options))
+
+    assert finding.found.startswith(said)
+    assert finding.is_note == ("amp" not in options and options["device"] == "cpu")
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_found(tmp_path):
+    """A model of a few bytes fits; ten thousand billion checkpoints do not."""
+    write_split(tmp_path, "train", plain(0))
+    options = {"model": "test_convnext", "image_size": 32, "out": str(tmp_path / "a" / "b")}
+
+    (fits,) = disk_space(examine(tmp_path, **options))
+    (finding,) = disk_space(examine(tmp_path, **options, keep=10**13))
+
+    assert fits.is_note and "There is room for 4 checkpoints" in fits.found
+    assert finding.found.startswith("10000000000002 checkpoints of 0.00 GB")
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path, ema_decay):
+    """That of the file, but for names and facts."""
+    config = DoctorConfig(model="test_convnext", image_size=32, ema_decay=ema_decay)
+    machine = Machine(World(), torch.device("cpu"), "off")
+    state, _ = build_state(config, num_classes=4, machine=machine)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    save_checkpoint(tmp_path / "a.pt", state.state_dict())
+
+    announced = checkpoint_bytes(config, num_classes=4)
+
+    assert announced == pytest.approx(os.path.getsize(tmp_path / "a.pt"), rel=0.05)
+
+
+def test_what_train_refuses_the_doctor_refuses(tmp_path):
+    """No such shards, no shards, shards twice, no such model: one line, as for train."""
+    write_split(tmp_path, "train", plain(0))
+
+    with pytest.raises(ShardError, match="no shard matches"):
+        doctor(str(tmp_path / "gone.tar"), quiet=True)
+    with pytest.raises(UsageError, match="--shards is missing"):
+        doctor(quiet=True)
+    with pytest.raises(UsageError, match="exclude each other"):
+        doctor(str(tmp_path), shards=str(tmp_path), quiet=True)
+    with pytest.raises(UsageError, match="no such model. Did you mean convnext_base"):
+        doctor(str(tmp_path), model="convnext_bsae", **SMALL, batch_size=2, quiet=True)
+
+
+@pytest.mark.slow
+def test_the_command_takes_the_options_of_train_and_tells_by_its_exit_code(
+    capsys, shards, tmp_path
+):
+    """Text: a line per rule that finds nothing, three for a finding. JSON says the same."""
+    args = ["--shards", str(shards / "train.json"), "--model", "test_convnext", "--lr", "0.001"]
+    args += ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--jobs", "1"]
+    args += ["--device", "cpu", "--out", str(tmp_path)]
+
+    with pytest.raises(SystemExit) as text_stop:
+        main(["doctor", *args, "--step"])
+    text = capsys.readouterr().out
+    with pytest.raises(SystemExit) as json_stop:
+        main(["doctor", *args, "--json"])
+    report = json.loads(capsys.readouterr().out)
+
+    assert text_stop.value.code == json_stop.value.code == 1
+    lines = text.splitlines()
+    assert lines[0].startswith("pictures: 50 train, 13 validation, 11 test; 4 classes")
+    starts = [line[:4] for line in lines[3:-2]]
+    assert starts.count("!!  ") == 1 and starts.count("    ") == 2
+    assert starts.count("ok  ") == len(DATA_RULES) + len(MACHINE_RULES) - 1
+    assert "Images/s: loader" in lines[-3] or "the step takes" in text
+    assert max(map(len, lines)) <= 80
+    assert report["ok"] is False
+    assert [c["rule"] for c in report["checks"] if c["findings"]] == ["image_sizes"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_is_imported_after_the_rules_about_data():
+    """By the modules of these rules it is not, so a finding in the data costs no wait."""
+    code = "import sys, wds_convnext.check.doctor; print('torch' in sys.modules)"
+
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+
+    assert printed == b"False\n"
+
+
+def test_every_finding_fits_a_terminal(tmp_path):
+    """Three lines of at most 80 columns, with the names of these files."""
+    train = plain(0)
+    bad = [(b"", 0), (encode("CMYK"), 0), (train[0][0], 1), *[(encode("L"), 0)] * 20]
+    write_split(tmp_path, "train", [*train, *bad, (picture(50), 3)])
+    write_split(tmp_path, "val", train[:3])
+
+    case = examine(tmp_path, lr=4e-3, epochs=3, image_size=224)
+    lines = [line for rule in DATA_RULES for line in Check.of(rule, case).lines()]
+
+    assert len(found(case)) >= 9
+    assert [line for line in lines if len(line) > 80] == []

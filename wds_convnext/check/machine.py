@@ -1,0 +1,190 @@
+"""What `doctor` looks for in the model and on this machine; what is measured takes seconds."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from wds_convnext.check.case import Case, Finding, Rule
+from wds_convnext.check.loads import Loads
+from wds_convnext.check.measure import cpu_lacks_bf16
+from wds_convnext.config import DoctorConfig
+from wds_convnext.errors import UsageError
+from wds_convnext.progress import Progress
+from wds_convnext.shards.spec import total_bytes
+from wds_convnext.stream.loader import num_workers
+from wds_convnext.stream.stream import Batch
+from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.training.claim import RUNS
+from wds_convnext.training.distributed import Machine, choose_amp, join_world
+from wds_convnext.training.model import check_image_size, create_model
+from wds_convnext.training.state import build_state
+from wds_convnext.training.step import build_recipe, train_step
+
+_LOADER_S = 2.0
+_LOADER_BATCH = 32  # the rate hardly depends on it, the time until it is known does
+_STEP_S = 3.0
+_WARMUP_STEPS = 2  # compile, allocate
+_LARGE_SHARD = 2e9  # bytes
+
+
+def shard_count(case: Case) -> Iterator[Finding]:
+    """The shards are small or many enough to be copied and checked in parallel."""
+    shards = case.train.dataset.shards
+    workers = case.config.ranks * num_workers(case.config.workers, ranks=case.config.ranks)
+    num_bytes = total_bytes(shards) / len(shards)
+    if len(shards) < workers and num_bytes > _LARGE_SHARD:
+        yield Finding(
+            f"{len(shards)} shards of {num_bytes / 1e9:.1f} GB for {workers} loader processes.",
+            "All of them read any shard; but verify, index and copying go shard by shard.",
+            "Write smaller ones: wds-convnext shards --shard-size 500MB.",
+        )
+
+
+def precision(case: Case) -> Iterator[Finding]:
+    """The device is there and computes in the precision asked for."""
+    config = case.config
+    try:
+        machine = _machine(config)
+    except UsageError as error:
+        yield Finding(
+            str(error),
+            "train would refuse to start on this machine.",
+            "Ask the doctor where the run is to be trained, or change the option.",
+        )
+        return
+    device, lacks = machine.device, False
+    if machine.amp == "bf16" and device.type == "cuda":
+        lacks = not torch.cuda.is_bf16_supported(including_emulation=False)
+    elif machine.amp == "bf16" and device.type == "cpu":
+        lacks = cpu_lacks_bf16()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if lacks:
+        yield Finding(
+            f"--amp bf16, which the {name} here has no instructions for.",
+            "It computes by detours, slower than in float32.",
+            "--amp auto takes what the device is good at.",
+        )
+    else:
+        amp = "float32" if machine.amp == "off" else machine.amp
+        yield Finding(f"The device is there: {name}, {amp}.")
+
+
+def disk_space(case: Case) -> Iterator[Finding]:
+    """There is room for the checkpoints."""
+    config = case.config
+    num_bytes = checkpoint_bytes(config, num_classes=case.train.dataset.num_classes)
+    # Those kept, an older best.pt, and the new one, which is whole before the oldest goes.
+    num_copies = max(config.keep, 1) + 2
+    folder = Path(config.out or RUNS).absolute()
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
+    size = f"{num_copies} checkpoints of {num_bytes / 1e9:.2f} GB"
+    if num_copies * num_bytes > free:
+        yield Finding(
+            f"{size}, and {folder} has {free / 1e9:.2f} GB free.",
+            "The run ends when a checkpoint cannot be written.",
+            "Free some space, give another --out, or a smaller --keep.",
+        )
+    else:
+        yield Finding(f"There is room for {size} ({free / 1e9:,.1f} GB free).")
+
+
+def checkpoint_bytes(config: DoctorConfig, *, num_classes: int) -> int:
+    """The size of a checkpoint's tensors: weights, AdamP's two moments, the average if any.
+
+    Raises:
+        UsageError: if there is no such model, or it does not take the image size.
+    """
+    with torch.device("meta"):  # shapes without memory
+        model = create_model(
+            config.model, num_classes=num_classes, drop_path_rate=config.drop_path_rate
+        )
+        check_image_size(model, config.image_size)
+    copies = 4 if config.ema_decay else 3
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return copies * parameters + sum(b.numel() * b.element_size() for b in model.buffers())
+
+
+def loader_rate(case: Case) -> Iterator[Finding]:
+    """The loader keeps up with the training step."""
+    config = case.config
+    workers = num_workers(config.workers, ranks=config.ranks)
+    batch_size = min(config.batch_size, _LOADER_BATCH)
+    order = replace(case.order, global_batch_size=batch_size)
+    with Progress("doctor: loader", total=1, unit="measurements", quiet=case.quiet) as progress:
+        loads = Loads(
+            case.train.dataset,
+            order,
+            Preprocessing(config.image_size).train_transform(
+                color_jitter=config.color_jitter, scale=(config.min_crop, 1.0), hflip=config.hflip
+            ),
+            batch_size=batch_size,
+            seconds=_LOADER_S,
+            progress=progress,
+        )
+        loader = loads.rate(workers).images_per_s
+    feeds = f"The loader feeds {loader:,.0f} images/s ({workers} worker{'s' * (workers != 1)})"
+    if not config.step:
+        yield Finding(f"{feeds}; --step measures the step, too.")
+        return
+    step = step_rate(case)
+    if loader < step:
+        yield Finding(
+            f"{feeds}, the step takes {step:,.0f}.",
+            f"The device waits for data {1 - loader / step:.0%} of the time.",
+            "More CPU cores or smaller images; wds-convnext bench names the slowest stage.",
+        )
+    else:
+        hours = config.epochs * case.order.num_samples / (step * config.ranks) / 3600
+        yield Finding(
+            f"Images/s: loader {loader:,.0f}, step {step:,.0f}; the run takes about {hours:,.1f} h."
+        )
+
+
+def step_rate(case: Case) -> float:
+    """Images/s of one process's training step on its device, on images of noise."""
+    config, machine = case.config, _machine(case.config)
+    num_classes, size = case.train.dataset.num_classes, config.image_size
+    state, _ = build_state(config, num_classes=num_classes, machine=machine)
+    recipe = build_recipe(
+        config,
+        state,
+        num_classes=num_classes,
+        machine=machine,
+        preprocessing=Preprocessing(size),
+    )
+    images = torch.randint(256, (config.batch_size, 3, size, size), dtype=torch.uint8)
+    batch = Batch(
+        images.to(machine.device, memory_format=torch.channels_last),
+        torch.zeros(config.batch_size, dtype=torch.int64, device=machine.device),
+        torch.ones(config.batch_size, dtype=torch.bool, device=machine.device),
+        [],
+    )
+
+    def seconds(num_steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(num_steps):
+            train_step(state, [batch] * config.accumulate, lr=config.min_lr, recipe=recipe)
+        state.sums.read()  # waits for the device
+        return time.perf_counter() - started
+
+    seconds(_WARMUP_STEPS)
+    num_steps = max(1, round(_STEP_S / seconds(1)))
+    return num_steps * config.batch_size * config.accumulate / seconds(num_steps)
+
+
+def _machine(config: DoctorConfig) -> Machine:
+    """The machine as a run of one process would see it.
+
+    Raises:
+        UsageError: if the device is not there, or does not do the precision asked for.
+    """
+    world, device = join_world(config.device)
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    return Machine(world, device, choose_amp(config.amp, device), compiled)
+
+
+MACHINE_RULES: tuple[Rule, ...] = (shard_count, precision, disk_space, loader_rate)
