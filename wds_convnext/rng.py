@@ -47,13 +47,16 @@ def uniform(keys: np.ndarray, num_draws: int) -> np.ndarray:
     return (bits >> _U64(11)).astype(np.float64) * 2.0**-53
 
 
-def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> np.ndarray:
+def permute(
+    index: ArrayLike, size: ArrayLike, key: ArrayLike, *, inverse: bool = False
+) -> np.ndarray:
     """Where a keyed uniform permutation of range(size) sends each index; int64, same shape.
 
     Args:
         index: integers in [0, size), 1-D.
         size: one size, or one per index; at least 1.
         key: one 64-bit key, or one per index.
+        inverse: give the index that is sent to each instead.
     """
     index = np.asarray(index, dtype=np.uint64)
     size = np.broadcast_to(np.asarray(size, dtype=np.uint64), index.shape)
@@ -61,10 +64,11 @@ def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> np.ndarray:
     # The left digit's range is even: with two odd ranges every round is an even permutation.
     left_range = (2 * np.ceil(np.sqrt(size.astype(np.float64)) / 2)).astype(np.uint64)
     right_range = -(-size.astype(np.int64) // left_range.astype(np.int64)).astype(np.uint64)
+    rounds = _feistel_inverse if inverse else _feistel
     out, outside = index.copy(), np.arange(len(index))
     while len(outside):
         columns = (out, left_range, right_range, key)
-        out[outside] = _feistel(*(column[outside] for column in columns))
+        out[outside] = rounds(*(column[outside] for column in columns))
         outside = outside[out[outside] >= size[outside]]
     return out.astype(np.int64)
 
@@ -79,4 +83,18 @@ def _feistel(
             left = (left + (mix64(mix64(right + key) ^ key) >> _U64(8))) % left_range
         else:
             right = (right + (mix64(mix64(left + key) ^ key) >> _U64(8))) % right_range
+    return right * left_range + left
+
+
+def _feistel_inverse(x, left_range, right_range, key):
+    left, right = x % left_range, x // left_range
+    key = key + _U64(_ROUNDS) * _GOLDEN
+    for i in reversed(range(_ROUNDS)):
+        if i % 2 == 0:
+            added = (mix64(mix64(right + key) ^ key) >> _U64(8)) % left_range
+            left = (left + left_range - added) % left_range
+        else:
+            added = (mix64(mix64(left + key) ^ key) >> _U64(8)) % right_range
+            right = (right + right_range - added) % right_range
+        key = key - _GOLDEN
     return right * left_range + left

@@ -137,7 +137,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         bad_samples: list[BadSample] = []
         for i in refs.is_real.nonzero()[0]:
             load = partial(self._load_one, reader, draws=draws[i])
-            loaded, reasons = self._first_good(reader, int(refs.number[i]), load)
+            loaded, reasons = self.first_good(reader, int(refs.number[i]), load)
             bad_samples += [{**reason, "epoch": int(refs.epoch[i])} for reason in reasons]
             if loaded is None:
                 refs.is_real[i] = False
@@ -164,11 +164,11 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
             for _, number in _share_of_this_worker(self.turns()):
                 refs = self.order.micro_batch(number, **self.place)
                 for sample in refs.number[refs.is_real].tolist():
-                    raw, _ = self._first_good(reader, sample, reader.read_raw)
+                    raw, _ = self.first_good(reader, sample, reader.read_raw)
                     if raw is not None:
                         yield raw
 
-    def _first_good(
+    def first_good(
         self, reader: Reader, sample: int, load: Callable[[int], Item]
     ) -> tuple[Item | None, list[BadSample]]:
         """What `load` makes of a sample, and why samples before it could not be used.

@@ -131,23 +131,35 @@ class TrainTransform:
 
     def crop(self, data: bytes, draws: np.ndarray) -> np.ndarray:
         """The pixels of the random crop, uint8 (H, W, 3)."""
+        return decode_rgb(data, partial(self.crop_box, draws))
+
+    def crop_box(self, draws: np.ndarray, height: int, width: int) -> Box:
+        """The random crop of an image of that size."""
         crop_draws = draws[:_NUM_CROP_DRAWS].tolist()
-        return decode_rgb(
-            data, partial(random_crop_box, crop_draws, scale=self.scale, ratio=self.ratio)
-        )
+        return random_crop_box(crop_draws, height, width, scale=self.scale, ratio=self.ratio)
 
     def resize(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
         """The crop in its final size, flipped or not."""
         image = _resize(pixels_HWC, self.image_size, self.image_size, self.interpolation)
-        return image.flip(-1) if draws[_NUM_CROP_DRAWS] < self.hflip else image
+        return image.flip(-1) if self.flips(draws) else image
+
+    def flips(self, draws: np.ndarray) -> bool:
+        return bool(draws[_NUM_CROP_DRAWS] < self.hflip)
 
     def jitter(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """The image with its colors changed; itself if there is no color jitter."""
+        factors = self.color_factors(draws)
+        return _adjust_color(image, factors) if factors else image
+
+    def color_factors(self, draws: np.ndarray) -> dict[str, float]:
+        """The factors of brightness, contrast and saturation, in the order they are applied in."""
         if self.color_jitter <= 0:
-            return image
+            return {}
         *factor_draws, order = draws[_NUM_CROP_DRAWS + 1 :].tolist()
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
-        return _jitter_color(image, [low + draw * (high - low) for draw in factor_draws], order)
+        factors = [low + draw * (high - low) for draw in factor_draws]
+        orders = list(permutations(zip(_ADJUSTMENTS, factors)))
+        return dict(orders[int(order * len(orders))])
 
 
 @dataclass(frozen=True)
@@ -225,17 +237,15 @@ def _resize(pixels_HWC: np.ndarray, height: int, width: int, mode: str) -> torch
     )[0]
 
 
-def _jitter_color(image: torch.Tensor, factors: Sequence[float], order: float) -> torch.Tensor:
-    """Adjust brightness, contrast and saturation, in the order that a draw in [0, 1) picks.
+def _adjust_color(image: torch.Tensor, factors: Mapping[str, float]) -> torch.Tensor:
+    """Adjust what `factors` names, in its order.
 
     Equal to torchvision's adjust_brightness, _contrast and _saturation on uint8, which round down
     after each; the whole numbers between them are kept as float32.
     """
-    adjustments = zip((_adjust_brightness_, _adjust_contrast_, _adjust_saturation_), factors)
-    orders = list(permutations(adjustments))
     image = image.float()
-    for adjust_, factor in orders[int(order * len(orders))]:
-        adjust_(image, factor)
+    for name, factor in factors.items():
+        _ADJUSTMENTS[name](image, factor)
         image.clamp_(0, 255).floor_()
     return image.to(torch.uint8)
 
@@ -253,6 +263,14 @@ def _adjust_contrast_(image: torch.Tensor, factor: float) -> None:
 def _adjust_saturation_(image: torch.Tensor, factor: float) -> None:
     gray = _gray(image)
     image.mul_(factor).add_(gray, alpha=1 - factor)
+
+
+# In the order of their draws.
+_ADJUSTMENTS = {
+    "brightness": _adjust_brightness_,
+    "contrast": _adjust_contrast_,
+    "saturation": _adjust_saturation_,
+}
 
 
 def _gray(image: torch.Tensor) -> torch.Tensor:
