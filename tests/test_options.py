@@ -26,6 +26,7 @@ from wds_convnext.config import (
     Config,
     DoctorConfig,
     EvalConfig,
+    ExplainConfig,
     IndexConfig,
     InspectConfig,
     ShardsConfig,
@@ -50,6 +51,7 @@ RECIPES = sorted((Path(wds_convnext.__file__).parent / "recipes").glob("*.toml")
 CONFIGS = {
     "train": TrainConfig,
     "eval": EvalConfig,
+    "explain": ExplainConfig,
     "shards": ShardsConfig,
     "verify": VerifyConfig,
     "inspect": InspectConfig,

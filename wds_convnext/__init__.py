@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wds_convnext.check.bench import bench
     from wds_convnext.check.doctor import doctor
+    from wds_convnext.check.explain import explain
     from wds_convnext.check.index import index
     from wds_convnext.check.inspect import inspect
     from wds_convnext.check.verify import verify
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         BenchConfig,
         DoctorConfig,
         EvalConfig,
+        ExplainConfig,
         IndexConfig,
         InspectConfig,
         ShardsConfig,
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "check.bench": ["bench"],
     "check.doctor": ["doctor"],
+    "check.explain": ["explain"],
     "check.index": ["index"],
     "check.inspect": ["inspect"],
     "check.verify": ["verify"],
@@ -44,6 +47,7 @@ _MODULES = {
         "BenchConfig",
         "DoctorConfig",
         "EvalConfig",
+        "ExplainConfig",
         "IndexConfig",
         "InspectConfig",
         "ShardsConfig",

@@ -14,6 +14,7 @@ from wds_convnext.config import (
     BenchConfig,
     DoctorConfig,
     EvalConfig,
+    ExplainConfig,
     IndexConfig,
     InspectConfig,
     ShardsConfig,
@@ -206,6 +207,36 @@ def evaluate(**options) -> None:
     click.echo(f"top-1 {result.top1:.2%} (95 % interval {low:.2%} to {high:.2%})")
     click.echo(f"top-5 {result.top5:.2%}")
     click.echo(f"loss  {result.loss:.4f}")
+
+
+@commands.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext explain runs/big --step 1234 --sheet step.png
+wds-convnext explain runs/big --key n01532829_37
+""",
+)
+@click.argument("run", required=False)
+@add_options(ExplainConfig)
+def explain(run: str | None, **options) -> None:
+    """Say what a training step gets, or in which steps a sample comes.
+
+    RUN is a run's folder or a checkpoint. Default: the newest run under runs/.
+
+    A step's samples are named with shard, key, label, crop, flip, color factors and mixing; with
+    --key, a sample's step, rank and position in every epoch. All of it follows from the run's
+    options, so steps to come are named as well. Which rank gets a sample is as it was when the
+    checkpoint was written; which step, and what is drawn for it, never changes.
+    """
+    config = ExplainConfig(**options)
+    config.require_one()  # before torch is imported, which takes seconds
+    from wds_convnext.check.explain import explain as explain_run
+
+    explanation = explain_run(run, config)
+    if config.json:
+        click.echo(format_json(explanation.to_json()))
+    else:
+        click.echo("\n".join(explanation.lines()))
 
 
 @commands.command(

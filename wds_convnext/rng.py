@@ -86,9 +86,11 @@ def _feistel(
     return right * left_range + left
 
 
-def _feistel_inverse(x, left_range, right_range, key):
+def _feistel_inverse(
+    x: np.ndarray, left_range: np.ndarray, right_range: np.ndarray, key: np.ndarray
+) -> np.ndarray:
     left, right = x % left_range, x // left_range
-    key = key + _U64(_ROUNDS) * _GOLDEN
+    key = key + _U64(_ROUNDS * int(_GOLDEN) % 2**64)
     for i in reversed(range(_ROUNDS)):
         if i % 2 == 0:
             added = (mix64(mix64(right + key) ^ key) >> _U64(8)) % left_range

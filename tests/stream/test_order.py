@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import HANG_S
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wds_convnext.errors import UsageError
@@ -263,3 +263,21 @@ def test_order_imports_only_numpy_and_opens_no_file():
         "assert 'torch' not in sys.modules and not opened, opened\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_S)
+
+
+@settings(max_examples=20)
+@given(sizes=shard_sizes, buffer=st.integers(1, 80), batch=st.integers(1, 50), seed=st.integers(0))
+def test_a_sample_is_found_where_the_order_has_it(sizes, buffer, batch, seed):
+    """`positions_of` is the inverse of `at`, and `place_in_batch` says where ranks get it."""
+    order = make_order(sizes, batch=batch, buffer=buffer, seed=seed)
+    epochs = range(2)
+
+    for number in {0, order.num_samples // 2, order.num_samples - 1}:
+        positions = order.positions_of(number, epochs)
+
+        refs, _ = order.at(positions)
+        assert set(refs.number.tolist()) == {number} and refs.epoch.tolist() == [*epochs]
+        for position, epoch in zip(positions.tolist(), epochs):
+            batch_refs = order.global_batch(position // batch)
+            place = order.place_in_batch(position)
+            assert (batch_refs.number[place], batch_refs.epoch[place]) == (number, epoch)

@@ -8,6 +8,7 @@ from wds_convnext.config.data import (
     VerifyConfig,
 )
 from wds_convnext.config.fields import ByteSize, Config, option
+from wds_convnext.config.runs import ExplainConfig
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
     REFERENCE_LR,
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "DoctorConfig",
     "EvalConfig",
+    "ExplainConfig",
     "IndexConfig",
     "InspectConfig",
     "ShardsConfig",

@@ -7,6 +7,7 @@ headers takes its place.
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from wds_convnext.door import MAX_BYTES, read_bounded
@@ -95,6 +96,13 @@ def differing_line(path: str | os.PathLike, samples: list[list[Member]]) -> int 
         return None
     lines = list(zip(found.splitlines(), expected.splitlines()))
     return next((i for i, (a, b) in enumerate(lines, start=1) if a != b), len(lines) + 1)
+
+
+def may_hold(path: str, name: str) -> bool:
+    """Whether a shard may have a member of which this is a part of the name; False is sure."""
+    with suppress(OSError, ValueError):
+        return name.encode("utf-8", "surrogateescape") in read_bounded(sidecar_path(path))
+    return True
 
 
 def read_samples(path: str) -> list[list[Member]]:

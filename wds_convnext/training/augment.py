@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: normalize, mix.
+"""What a run does to pixels: its transform, and on the device normalize and mix.
 
 Mixing follows timm's Mixup in batch mode: image i is blended with image B-1-i, or a box of it is
 pasted in. Its numbers are drawn on the host from (seed, step, micro-batch, rank), so nothing has
@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from wds_convnext.config import TrainConfig
 from wds_convnext.rng import derive_key
+from wds_convnext.stream.transforms import Preprocessing, TrainTransform
+
+
+def build_transform(config: TrainConfig, preprocessing: Preprocessing) -> TrainTransform:
+    """What a run's loader does to each image."""
+    return preprocessing.train_transform(
+        color_jitter=config.color_jitter, scale=(config.min_crop, 1.0), hflip=config.hflip
+    )
 
 
 class Normalizer:
@@ -114,3 +123,15 @@ class Mixer:
         shape = (len(labels), self.num_classes)
         targets = torch.full(shape, off, dtype=torch.float32, device=labels.device)
         return targets.scatter_(1, labels.unsqueeze(1), on)
+
+
+def build_mixer(config: TrainConfig, num_classes: int) -> Mixer:
+    """How a run mixes each batch."""
+    return Mixer(
+        num_classes,
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mix_prob,
+        switch_prob=config.switch_prob,
+        label_smoothing=config.label_smoothing,
+    )

@@ -182,6 +182,21 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def step_and_facts(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> tuple[int, Facts]:
+    """How many steps a checkpoint's run had done, and its facts.
+
+    Args:
+        path: of its file, for the message.
+    Raises:
+        CheckpointError: if it lacks them, or has a value not known here.
+    """
+    try:
+        with taking_over():
+            return checkpoint["step"], Facts.from_dict(checkpoint["facts"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def _is_whole(file: BinaryIO) -> bool:
     """Whether a file is an archive with nothing but right checksums, first byte to last.
 

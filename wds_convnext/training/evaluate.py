@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wds_convnext.config import EvalConfig
-from wds_convnext.errors import CheckpointError, DataError, UsageError, sentence
+from wds_convnext.errors import DataError, UsageError, sentence
 from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
@@ -20,7 +20,12 @@ from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Normalizer
-from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights, taking_over
+from wds_convnext.training.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    step_and_facts,
+    taking_over,
+)
 from wds_convnext.training.claim import best_checkpoint
 from wds_convnext.training.distributed import (
     Machine,
@@ -238,11 +243,7 @@ def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]
         machine = Machine(world, device, choose_amp(config.amp, device))
         path = best_checkpoint(config.checkpoint)
         checkpoint = load_checkpoint(path)
-        try:
-            with taking_over():
-                step, facts = checkpoint["step"], Facts.from_dict(checkpoint["facts"])
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        step, facts = step_and_facts(checkpoint, path)
         spec = config.shards or facts.val_shards
         if spec is None:
             raise UsageError(f"{path}: its run had no validation shards. Give --shards.")

@@ -22,6 +22,7 @@ from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.training.augment import build_transform
 from wds_convnext.training.checkpoint import DataFacts, Facts, taking_over
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.ema import warmup_note
@@ -62,9 +63,7 @@ class Run:
             self.train_data,
             self.order,
             batch_size=config.batch_size,
-            transform=self.preprocessing.train_transform(
-                color_jitter=config.color_jitter, scale=(config.min_crop, 1.0), hflip=config.hflip
-            ),
+            transform=build_transform(config, self.preprocessing),
             rank=world.rank,
             world_size=world.size,
             start=self.state.step * config.accumulate,

@@ -14,7 +14,7 @@ from wds_convnext.config import TrainConfig
 from wds_convnext.rng import derive_key
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
-from wds_convnext.training.augment import Mixer, Normalizer
+from wds_convnext.training.augment import Mixer, Normalizer, build_mixer
 from wds_convnext.training.distributed import Machine, World, sum_over_ranks
 from wds_convnext.training.model import compile_model
 from wds_convnext.training.monitor import DeviceTimer
@@ -56,14 +56,7 @@ def build_recipe(
         forward=compile_model(forward) if machine.compiled else forward,
         compiled=machine.compiled,
         normalizer=Normalizer(preprocessing.mean, preprocessing.std, machine.device),
-        mixer=Mixer(
-            num_classes,
-            mixup_alpha=config.mixup,
-            cutmix_alpha=config.cutmix,
-            prob=config.mix_prob,
-            switch_prob=config.switch_prob,
-            label_smoothing=config.label_smoothing,
-        ),
+        mixer=build_mixer(config, num_classes),
         autocast=machine.autocast,
         no_sync=no_sync,
         clip_grad_norm=config.clip_grad_norm,
