@@ -276,6 +276,11 @@ def test_a_manifest_is_its_shards(tmp_path):
             "data/train-{000..012.tar",
             "data/train-{000..012.tar: its braces do not pair. Write {000..012}.",
         ),
+        (
+            "data/train-<000..99999>-{0..99999}.tar",
+            "data/train-{000..99999}-{0..99999}.tar: its ranges name 10,000,000,000 files, "
+            "the limit is 1,000,000. Look at the numbers.",
+        ),
         ("", "--shards '': names no shard. Give for example data/train.json."),
         (" , ", "--shards ' , ': names no shard. Give for example data/train.json."),
         (

@@ -1,5 +1,6 @@
 """Which shards a spec on the command line names."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -10,6 +11,7 @@ import braceexpand
 
 from wds_convnext.errors import ShardError, did_you_mean, listing
 from wds_convnext.shards.naming import (
+    MAX_FILES,
     counterpart,
     find_files,
     is_held_out,
@@ -110,10 +112,7 @@ def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
     if os.path.isfile(braces):
         return [braces]
     if "{" in braces:
-        try:
-            names = list(braceexpand.braceexpand(braces))
-        except braceexpand.UnbalancedBracesError:
-            raise ShardError(f"{part}: its braces do not pair. Write {{000..012}}.") from None
+        names = _expand_braces(braces)
         missing = [name for name in names if not os.path.isfile(name)]
         if len(missing) == len(names):
             return _nothing(part)
@@ -126,6 +125,21 @@ def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
     if not allow_missing:
         _refuse_missing(part, missing, len(names))
     return names
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    # Counted first: ranges are expanded in memory, whole.
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)[^{}]*\}", pattern)
+    total = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
+    if total > MAX_FILES:
+        raise ShardError(
+            f"{pattern}: its ranges name {total:,} files, the limit is {MAX_FILES:,}. "
+            "Look at the numbers."
+        )
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError:
+        raise ShardError(f"{pattern}: its braces do not pair. Write {{000..012}}.") from None
 
 
 def _expand_folder(folder: str, allow_missing: bool, use: str) -> list[str]:

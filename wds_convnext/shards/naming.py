@@ -14,7 +14,7 @@ _PURPOSES = {  # by words of a split's name; of several splits for one purpose t
     ),
     "test": ("test", "tests", "testing", "testset", "heldout"),
 }
-_MAX_SERIES = 1_000_000  # files; a larger total is part of a name
+MAX_FILES = 1_000_000  # of a series; a larger total is part of a name
 _NUMBERED = re.compile(
     r"(?P<stem>.*?)(?P<joint>[-_.]?)(?P<number>\d+)-of-(?P<total>\d+)(?P<rest>-[0-9a-f]{6,})?"
 )
@@ -110,7 +110,7 @@ def missing_siblings(paths: Iterable[str]) -> Iterator[str]:
         if place := parse_numbered(path):
             series.setdefault(place._replace(number=0), set()).add(place.number)
     for place, numbers in series.items():
-        if place.total > _MAX_SERIES:
+        if place.total > MAX_FILES:
             continue
         first = 1 if place.total in numbers and 0 not in numbers else 0
         expected = range(first, first + place.total)
