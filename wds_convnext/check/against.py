@@ -76,7 +76,9 @@ def compare_with_input(
 
     Shards that are missing or cannot be read hold nothing here.
     """
-    names = split.manifest.class_names
+    manifest = split.manifest
+    assert manifest is not None  # `find_inputs` refuses a split without one
+    names = manifest.class_names
     stated = source.parts[0].columns.class_names
     if stated and (difference := class_difference(names, stated)):
         what = f"its class names are not those of {source.parts[0].path}: {difference}"
@@ -84,19 +86,19 @@ def compare_with_input(
     left_out = [row for row in _rows_left_out(split) if row in range(source.num_rows)]
 
     paths = [path for path in split.present if path in split.listed]
-    tasks = [DigestShard(split.listed[path], split.manifest.label_field) for path in paths]
+    shards = [DigestShard(split.listed[path], manifest.label_field) for path in paths]
     progress = Progress(f"{split.name}: shards", total=source.num_rows, quiet=quiet)
-    found = workers.run(digest_shard, tasks, progress=progress)
+    found = workers.run(digest_shard, shards, progress=progress)
 
     edges = unit_edges(source)
-    tasks = [
+    rows = [
         DigestRows(source, names, start, stop, frozenset(r for r in left_out if start <= r < stop))
         for start, stop in zip(edges, edges[1:])
     ]
     progress = Progress(f"{split.name}: input", total=source.num_rows, quiet=quiet)
-    records = workers.run(digest_rows, tasks, progress=progress)
+    records = workers.run(digest_rows, rows, progress=progress)
     expected = np.concatenate([np.zeros(0, DIGEST), *(digests for digests, _ in records)])
-    usable = [row for _, rows in records for row in rows]
+    usable = [row for _, usable_rows in records for row in usable_rows]
     del records
 
     problems = shorten(
@@ -117,7 +119,9 @@ def compare_with_input(
     return problems, notes
 
 
-def _differences(path, digests, expected, seen, source) -> Iterator[Problem]:
+def _differences(
+    path: str, digests: np.ndarray, expected: np.ndarray, seen: np.ndarray, source: ParquetSplit
+) -> Iterator[Problem]:
     """Compare one shard's samples with their rows; counts them in `seen`."""
     for row, image, label in digests.tolist():
         if not 0 <= row < len(expected):
@@ -176,7 +180,7 @@ def _row_of(key: str) -> int:
     return int(key) if _ROW_KEY.fullmatch(key) else _NO_ROW
 
 
-def digest_image(data) -> int:
+def digest_image(data: bytes | memoryview) -> int:
     """64 bits of the SHA-256 of encoded bytes."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
@@ -192,7 +196,9 @@ class DigestRows:
     left_out: frozenset[int]
 
 
-def digest_rows(task: DigestRows, count: Callable[[int, int], None]) -> tuple[np.ndarray, list]:
+def digest_rows(
+    task: DigestRows, count: Callable[[int, int], None]
+) -> tuple[np.ndarray, list[int]]:
     """Row, image digest and label of each row, DIGEST, and the rows left out that are usable."""
     digests, usable = [], []
     for batch in read_rows(task.source, task.class_names, task.start, task.stop):
@@ -205,7 +211,7 @@ def digest_rows(task: DigestRows, count: Callable[[int, int], None]) -> tuple[np
     return np.array(digests, dtype=DIGEST), usable
 
 
-def _is_usable(image, label: int) -> bool:
+def _is_usable(image: memoryview | None, label: int) -> bool:
     try:
         decode_rgb(bytes(image or b""))
     except DataError:

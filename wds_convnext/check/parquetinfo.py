@@ -76,7 +76,8 @@ def summarise_parquet(split: str, paths: list[str]) -> ParquetSummary:
     Raises:
         DataError: if a file is not parquet, or is cut short.
     """
-    schema, group_rows, leaves, created_by = None, [], {}, Counter()
+    schema, group_rows, created_by = None, [], Counter[str]()
+    leaves: dict[tuple[str, str, str], tuple[int, int]] = {}
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
@@ -104,7 +105,7 @@ def summarise_parquet(split: str, paths: list[str]) -> ParquetSummary:
         group_rows=tuple(group_rows),
         schema=names_and_types,
         leaves=tuple(LeafColumn(*kind, *sizes) for kind, sizes in leaves.items()),
-        image_and_label=columns and (columns.image, columns.label),
-        class_names=columns and columns.class_names,
+        image_and_label=(columns.image, columns.label) if columns else None,
+        class_names=columns.class_names if columns else None,
         created_by=tuple(created_by),
     )

@@ -21,6 +21,7 @@ Not measured: any of this on a GPU.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class AdamP(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves the skip to `found_inf`
+    found_inf: Tensor
 
     def __init__(
         self,
@@ -101,7 +103,15 @@ class AdamP(Optimizer):
         return state_dict
 
     # torch.compile knows this name: it calls the method instead of tracing it.
-    def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, steps):
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
         """Append the group's tensors that have a gradient, and their state, to the lists."""
         for p in group["params"]:
             if p.grad is None or p.numel() == 0:
@@ -118,14 +128,14 @@ class AdamP(Optimizer):
             steps.append(state["step"])
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient; return the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            columns = [], [], [], [], []
+            columns: tuple[list[Tensor], ...] = [], [], [], [], []
             self._init_group(group, *columns)
             for rows in _batches_of_one_shape(zip(*columns)):
                 _update(
@@ -137,7 +147,9 @@ class AdamP(Optimizer):
         return loss
 
 
-def _batches_of_one_shape(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list]:
+def _batches_of_one_shape(
+    rows: Iterable[tuple[Tensor, ...]],
+) -> Iterator[list[tuple[Tensor, ...]]]:
     """Lists of rows whose first tensors agree in shape, dtype and device."""
     batches = defaultdict(list)
     for row in rows:
@@ -148,7 +160,17 @@ def _batches_of_one_shape(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list]:
             yield batch[start : start + size]
 
 
-def _update(params, grads, exp_avgs, exp_avg_sqs, steps, *, group, grad_scale, found_inf):
+def _update(
+    params: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    exp_avgs: tuple[Tensor, ...],
+    exp_avg_sqs: tuple[Tensor, ...],
+    steps: tuple[Tensor, ...],
+    *,
+    group: dict[str, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     """Apply one step, in place, to N tensors of one shape, dtype and device.
 
     Stacked they are (N, R, C): R rows of C elements, R the first dimension of a tensor that has
@@ -159,11 +181,11 @@ def _update(params, grads, exp_avgs, exp_avg_sqs, steps, *, group, grad_scale, f
     beta1, beta2 = group["betas"]
     eps, weight_decay = group["eps"], group["weight_decay"]
 
-    def stack(tensors):
+    def stack(tensors: tuple[Tensor, ...]) -> Tensor:
         stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
         return stacked.reshape(len(tensors), num_rows, -1)
 
-    def unstack(stacked):
+    def unstack(stacked: Tensor) -> tuple[Tensor, ...]:
         return stacked.reshape(len(params), *shape).unbind()
 
     grad = stack(grads)
@@ -193,7 +215,7 @@ def _update(params, grads, exp_avgs, exp_avg_sqs, steps, *, group, grad_scale, f
     update = momentum / denom
     decay = 1 - lr * weight_decay
 
-    tangent = _identity
+    tangent: Callable[[Tensor], Tensor] = _identity
     if len(shape) > 1:
         fires, tangent = _projection(param, grad, delta=group["delta"], eps=eps)
         update = tangent(update)
@@ -235,7 +257,7 @@ def _projection(
     """
     layer = (len(param), 1, -1)
 
-    def orthogonal(param, grad):
+    def orthogonal(param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         norm = param.norm(dim=2, keepdim=True)
         grad_norm = grad.norm(dim=2, keepdim=True)
         # F.cosine_similarity, operation by operation; the norm of param is needed once more.
@@ -248,7 +270,7 @@ def _projection(
     fires = in_channels | in_layer
     unit = param / torch.where(fires, torch.where(in_channels, channel_norm, layer_norm) + eps, 1)
 
-    def tangent(x):
+    def tangent(x: Tensor) -> Tensor:
         product = unit * x
         by_channel = product.sum(2, keepdim=True)
         by_layer = product.reshape(layer).sum(2, keepdim=True)

@@ -98,7 +98,9 @@ class Mixer:
         share = 1 - (bottom - top) * (right - left) / image_size**2
         return MixDraw(float(share), (int(top), int(bottom), int(left), int(right)))
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, draw: MixDraw):
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, draw: MixDraw
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix a batch with itself, reversed.
 
         Args:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) ->
     if not timm.is_model(name):
         known = timm.list_models()
         raise UsageError(f"--model {name}: timm has no such model.{did_you_mean(name, known)}")
-    depth = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    depth: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     try:
         model = timm.create_model(name, pretrained=False, num_classes=num_classes, **depth)
     except TypeError as error:
@@ -51,7 +52,7 @@ def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> t
     return output
 
 
-def compile_model(model: nn.Module) -> Callable:
+def compile_model(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model compiled for one shape; random masks are those that eager draws for a seed."""
     return torch.compile(model, dynamic=False, options={"fallback_random": True})
 
@@ -132,7 +133,7 @@ def init_from(model: nn.Module, path: str, *, class_names: tuple[str, ...] | Non
 
 
 def _head_keys(model: nn.Module) -> list[str]:
-    heads = model.get_classifier()  # distilled models have two
-    heads = heads if isinstance(heads, tuple) else (heads,)
+    found = model.get_classifier()  # type: ignore[operator]  # a method that timm's models add
+    heads = found if isinstance(found, tuple) else (found,)  # distilled models have two
     prefixes = tuple(name + "." for name, module in model.named_modules() if module in heads)
     return [key for key in model.state_dict() if key.startswith(prefixes)]

@@ -118,7 +118,7 @@ class TrainState:
     """Everything a run changes, and so everything a checkpoint has to hold."""
 
     model: nn.Module  # as timm made it: neither compiled nor wrapped
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamP
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
     sums: StepSums

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +25,15 @@ from wds_convnext.training.state import TrainState
 class StepRecipe:
     """What a step does besides the state it changes."""
 
-    forward: Callable  # the model, compiled and wrapped for many processes as configured
+    forward: Callable[
+        [torch.Tensor], torch.Tensor
+    ]  # the model, compiled and wrapped for many processes as configured
     normalizer: Normalizer
     mixer: Mixer
-    autocast: Callable  # gives the context for mixed precision
-    no_sync: Callable  # gives the context in which ranks do not exchange gradients
+    autocast: Callable[[], AbstractContextManager]  # gives the context for mixed precision
+    no_sync: Callable[
+        [], AbstractContextManager
+    ]  # gives the context in which ranks do not exchange gradients
     clip_grad_norm: float
     seed: int
     world: World
@@ -47,7 +51,8 @@ def build_recipe(
     preprocessing: Preprocessing,
 ) -> StepRecipe:
     """What a step does, with the model wrapped for many processes and compiled as configured."""
-    forward, no_sync = state.model, nullcontext
+    forward: nn.Module = state.model
+    no_sync: Callable[[], AbstractContextManager] = nullcontext
     if machine.world.size > 1:
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
@@ -146,7 +151,11 @@ def _forward_backward(
 
 
 def _loss(
-    forward: Callable, state: TrainState, batch: Batch, micro: int, recipe: StepRecipe
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    state: TrainState,
+    batch: Batch,
+    micro: int,
+    recipe: StepRecipe,
 ) -> torch.Tensor:
     key = (recipe.seed, state.step, micro, recipe.world.rank)
     images, targets = augment_on_device(batch, key=key, recipe=recipe)
@@ -168,7 +177,9 @@ def eager_loss(state: TrainState, batches: list[Batch], recipe: StepRecipe) -> t
     return sum_over_ranks(torch.stack(losses).mean(), recipe.world) / recipe.world.size
 
 
-def augment_on_device(batch: Batch, *, key: tuple[int, ...], recipe: StepRecipe):
+def augment_on_device(
+    batch: Batch, *, key: tuple[int, ...], recipe: StepRecipe
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalized, mixed images float32 (B, 3, S, S) and soft targets float32 (B, num_classes)."""
     draw = recipe.mixer.draw(batch.images.shape[-1], *key)
     return recipe.mixer(recipe.normalizer(batch.images), batch.labels, draw)

@@ -88,7 +88,7 @@ def _tensors(content: dict) -> dict[str, torch.Tensor]:
     # Averages come last: ours hold parameters only, so they lie over the model they belong to.
     names = ("model_state_dict", "state_dict", "model", "state_dict_ema", "ema")
     wrapped = [content[name] for name in names if isinstance(content.get(name), dict)]
-    weights = {}
+    weights: dict[str, object] = {}
     for state in wrapped or [content]:
         weights |= {_WRAPPERS.sub("", str(key)): value for key, value in state.items()}
     return {key: value for key, value in weights.items() if torch.is_tensor(value)}
@@ -108,7 +108,7 @@ def _from_torchvision(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return renamed
 
 
-def _by_timms_filter(weights: dict[str, torch.Tensor], model: nn.Module) -> dict:
+def _by_timms_filter(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors as timm turns the original repository's checkpoints into its own."""
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
