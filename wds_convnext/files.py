@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike, content: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: str | os.PathLike, content: bytes | bytearray | Iterable[bytes]) -> None:
     """Write a file, at once or piece by piece, so that it is either whole or as it was."""
     with replacing(path) as file:
         file.writelines([content] if isinstance(content, bytes | bytearray) else content)
@@ -60,7 +60,7 @@ def unwritable(path: str | os.PathLike, error: OSError | RuntimeError) -> str:
     if isinstance(error.__context__, OSError):  # torch.save's RuntimeError says less
         error = error.__context__
     number = getattr(error, "errno", None)
-    reason = error.strerror if number else str(error).splitlines()[0]
+    reason = error.strerror if isinstance(error, OSError) and number else str(error).splitlines()[0]
     advice = "Look at the disk that holds it."
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = "Free some space."

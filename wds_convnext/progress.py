@@ -188,7 +188,7 @@ class _Outlasting:
     def flush(self) -> None:
         self._attempt(self._stream.flush)
 
-    def _attempt(self, write: Callable, *args) -> None:
+    def _attempt(self, write: Callable[..., object], *args: str) -> None:
         try:
             write(*args)
         except OSError:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class IndexedShard:
 
 
 def index(
-    spec: str, config: IndexConfig | None = None, *, quiet: bool = False, **options
+    spec: str, config: IndexConfig | None = None, *, quiet: bool = False, **options: Any
 ) -> IndexReport:
     """Write a sidecar for each shard, and an index and a manifest for each split that a spec names.
 
@@ -139,9 +140,9 @@ def index(
             for split, shards in zip(splits, indexed)
         }
         for (path, manifest), shards in zip(manifests.items(), indexed):
-            names = [shard.name for shard in manifest.shards]
+            paths = [shard.name for shard in manifest.shards]
             records = (shard.records for shard in shards)
-            content = index_content(records, names, manifest.shards, checksums=True)
+            content = index_content(records, paths, manifest.shards, checksums=True)
             write_atomically(index_path(path), content)
             manifest.write_manifest(path)  # last: its presence means that all is there
     unused = {
@@ -186,13 +187,15 @@ def read_class_names(path: str) -> tuple[str, ...]:
             f'--class-names {path}: JSON, but not a list of names. Write ["ant", "bee"], or '
             "one name per line."
         )
-    names = tuple(map(str.strip, names))
-    if not all(names):
-        raise UsageError(f"--class-names {path}: line {names.index('') + 1} is empty.")
-    return names
+    stripped = tuple(map(str.strip, names))
+    if not all(stripped):
+        raise UsageError(f"--class-names {path}: line {stripped.index('') + 1} is empty.")
+    return stripped
 
 
-def _index_split(split: ShardSplit, label_field, workers, quiet) -> list[IndexedShard]:
+def _index_split(
+    split: ShardSplit, label_field: str, workers: Workers, quiet: bool
+) -> list[IndexedShard]:
     progress = Progress(f"{split.name}: index", quiet=quiet)
     if split.manifest:
         label_field = split.manifest.label_field
@@ -226,7 +229,9 @@ def _compare_with_manifest(shard: Shard, split: ShardSplit) -> None:
             )
 
 
-def _name_classes(indexed: list[IndexedShard], class_names) -> tuple[str, ...]:
+def _name_classes(
+    indexed: list[IndexedShard], class_names: tuple[str, ...] | None
+) -> tuple[str, ...]:
     """The given names, or a number for each class, over all splits."""
     num_classes = 1 + max((shard.highest_label for shard in indexed), default=-1)
     if class_names is None:
@@ -239,7 +244,12 @@ def _name_classes(indexed: list[IndexedShard], class_names) -> tuple[str, ...]:
     return class_names
 
 
-def _make_manifest(split: ShardSplit, indexed, label_field: str, class_names) -> Dataset:
+def _make_manifest(
+    split: ShardSplit,
+    indexed: list[IndexedShard],
+    label_field: str,
+    class_names: tuple[str, ...],
+) -> Dataset:
     if split.manifest:
         return split.manifest
     uses_json = any(shard.label_extension == "json" for shard in indexed)

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
 from wds_convnext.conversion.opening import find_class_names, open_splits
+from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.conversion.report import SplitReport
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.pool import Workers
@@ -43,7 +45,7 @@ class ConversionReport:
 
 
 def convert(
-    source: str, config: ShardsConfig | None = None, *, quiet: bool = False, **options
+    source: str, config: ShardsConfig | None = None, *, quiet: bool = False, **options: Any
 ) -> ConversionReport:
     """Convert parquet files of images and labels to tar shards, a manifest and sidecars.
 
@@ -84,7 +86,9 @@ def convert(
     return ConversionReport(out, tuple(reports), left_out, time.monotonic() - started)
 
 
-def _open(task: tuple[str, ShardsConfig], count: Callable[[int, int], None]):
+def _open(
+    task: tuple[str, ShardsConfig], count: Callable[[int, int], None]
+) -> tuple[list[ParquetSplit], dict[str, str], tuple[str, ...]]:
     """The splits of a source, those left out, and the class names."""
     source, config = task
     splits, left_out = open_splits(source, image=config.image_column, label=config.label_column)

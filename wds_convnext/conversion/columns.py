@@ -83,7 +83,7 @@ def find_columns(
 
 def _features(schema: pa.Schema) -> dict:
     try:
-        shape = {"info": {"features": {}}}
+        shape: dict[str, dict[str, dict]] = {"info": {"features": {}}}
         stated = parse_json((schema.metadata or {})[b"huggingface"], shape)["info"]["features"]
         return {name: feature for name, feature in stated.items() if isinstance(feature, dict)}
     except (KeyError, ValueError):

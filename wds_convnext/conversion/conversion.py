@@ -8,7 +8,7 @@ number of processes or on interruptions. See `staging` for what is on the disk m
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from wds_convnext.conversion.passes import (
     CountLabels,
     Rows,
     SpillRows,
+    Task,
     run_task,
 )
 from wds_convnext.conversion.report import SplitReport, kind_of
@@ -52,7 +53,14 @@ FORMAT_VERSION = 1  # of the bytes written: the same input, options and version 
 class Conversion:
     """The conversion of one split: `run` it, or `report_complete` if an earlier run has."""
 
-    def __init__(self, split: ParquetSplit, class_names, config: ShardsConfig, *, quiet: bool):
+    def __init__(
+        self,
+        split: ParquetSplit,
+        class_names: tuple[str, ...],
+        config: ShardsConfig,
+        *,
+        quiet: bool,
+    ):
         self.split = split
         self.class_names = class_names
         self.config = replace(config, shuffle=config.shuffle and not is_held_out(split.name))
@@ -168,11 +176,11 @@ class Conversion:
             # A bad image leaves a hole in its shard: scatter once more, now without it.
             for path in paths:
                 Path(path).unlink(missing_ok=True)
-        tasks = [
+        collecting = [
             CollectShard(tuple(paths), shard, *self._shard_paths(name))
             for shard, name in enumerate(self.names)
         ]
-        return self._run("collect", tasks)
+        return self._run("collect", collecting)
 
     def _count_labels(self, units: list[Rows], paths: list[str]) -> np.ndarray:
         tasks = [CountLabels(rows, f"{path}.labels") for rows, path in zip(units, paths)]
@@ -185,9 +193,10 @@ class Conversion:
         )
 
     def _shard_paths(self, name: str) -> tuple[str, str, str]:
-        return tuple(self.staging.staged(name + kind) for kind in (".tar", ".idx", ".records"))
+        staged = self.staging.staged
+        return staged(f"{name}.tar"), staged(f"{name}.idx"), staged(f"{name}.records")
 
-    def _run(self, title: str, tasks: list) -> list[dict]:
+    def _run(self, title: str, tasks: Sequence[Task]) -> list[dict]:
         progress = Progress(
             f"{self.split.name}: {title}", total=self.split.num_rows, quiet=self.quiet
         )

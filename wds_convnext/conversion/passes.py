@@ -170,6 +170,9 @@ def _writer(task: CopyRows | CollectShard) -> ShardWriter:
     return ShardWriter(task.path, sidecar_path=task.sidecar_path, records_path=task.records_path)
 
 
-def run_task(task, count: Count) -> dict:
+Task = CountLabels | CopyRows | SpillRows | CollectShard
+
+
+def run_task(task: Task, count: Count) -> dict:
     """The record of a task: as it was left by an earlier run, else the task is run."""
     return recorded(f"{task.path}.done", lambda: task.run(count))

@@ -55,7 +55,9 @@ def read_labels(split: ParquetSplit, start: int, stop: int) -> Iterator[pa.Array
                 yield _plain(batch.column(part.columns.label))
 
 
-def _read_part(part: ParquetPart, leaves, first: int, last: int, batch_size: int | None = None):
+def _read_part(
+    part: ParquetPart, leaves: list[str], first: int, last: int, batch_size: int | None = None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Record batches of rows [first, last) of a file, each with its first row's number."""
     group_starts = [0, *accumulate(part.group_rows)]
     groups = [i for i, begin in enumerate(group_starts[:-1])
@@ -91,7 +93,7 @@ def _image_views(column: pa.Array, columns: Columns) -> list[memoryview | None]:
     window = slice(array.offset, array.offset + len(array) + 1)
     offsets = np.frombuffer(offset_buffer, dtype=width)[window].tolist()
     data = memoryview(data_buffer or b"").cast("B")  # pyarrow's own view is of signed bytes
-    views = [data[begin:end] for begin, end in zip(offsets, offsets[1:])]
+    views: list[memoryview | None] = [data[begin:end] for begin, end in zip(offsets, offsets[1:])]
     if array.null_count == 0 and column.null_count == 0:
         return views
     valid = (array.is_valid().to_numpy(False)) & (column.is_valid().to_numpy(False))

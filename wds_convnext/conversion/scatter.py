@@ -26,7 +26,7 @@ class Scatter:
     def _class_starts(self) -> np.ndarray:
         return np.cumsum(self.class_counts) - self.class_counts
 
-    def shard_size(self, shard) -> np.ndarray:
+    def shard_size(self, shard: int | np.ndarray) -> np.ndarray:
         """Samples in a shard; shards differ by at most one."""
         num_rows = int(self.class_counts.sum())
         return (num_rows - np.asarray(shard) + self.num_shards - 1) // self.num_shards

@@ -107,8 +107,9 @@ def _check_series(split: str, files: list[str]) -> None:
             f"{listing(listed, limit=5)}. They are not added together: name one of them, by its "
             "folder or a glob."
         )
-    if missing := next(missing_siblings(files), None):
-        total = parse_numbered(files[0]).total
+    numbered = parse_numbered(files[0])
+    if numbered and (missing := next(missing_siblings(files), None)):
+        total = numbered.total
         raise UsageError(
             f"{split}: {total - len(files)} of {total} files are missing, the first is {missing}. "
             "Download them, too."

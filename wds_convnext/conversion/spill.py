@@ -7,7 +7,7 @@ disk is written in long runs and read in runs, and memory holds one group at a t
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -39,7 +39,7 @@ class SpillWriter(AbstractContextManager):
 
     def __init__(self, path: str):
         self.path = path
-        self._images: list = []
+        self._images: list[memoryview] = []
         self._pending: list[tuple] = []
         self._pending_bytes = 0
         self._offset = 0
@@ -47,7 +47,9 @@ class SpillWriter(AbstractContextManager):
         self._digest = xxhash.xxh3_64()
         self._file = create(path, buffering=1 << 20)
 
-    def write(self, image, *, shard, place, row: int, label: int, extension: str) -> None:
+    def write(
+        self, image: memoryview, *, shard: int, place: int, row: int, label: int, extension: str
+    ) -> None:
         self._pending.append((shard, place, row, 0, len(image), label, extension))
         self._images.append(image)
         self._pending_bytes += len(image)
@@ -69,7 +71,7 @@ class SpillWriter(AbstractContextManager):
         self._pending.clear()
         self._pending_bytes = 0
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file:
             if kind is not None:
                 return
@@ -87,7 +89,7 @@ class SpillWriter(AbstractContextManager):
         }
 
 
-def read_spilled(paths: list[str], shard: int) -> Iterator[tuple[bytes, np.void]]:
+def read_spilled(paths: Sequence[str], shard: int) -> Iterator[tuple[bytes, np.void]]:
     """The images of one shard in the order of their places, each with its index entry."""
     indexes, owners = [], []
     for number, path in enumerate(paths):

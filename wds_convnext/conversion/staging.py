@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from wds_convnext.conversion.records import PUBLISHING, finished_path
 from wds_convnext.door import count, parse_json, read_bounded, read_json, text
@@ -195,7 +196,7 @@ class Staging:
                 own |= {self.manifest_path.name, self.bad_rows_name, self.index_name}
         return {name for name in own if not self._own_name(name)}
 
-    def _own_name(self, name) -> str:
+    def _own_name(self, name: object) -> str:
         """Whether a conversion of this split writes files of a name, as a shape of `door`.
 
         Only these are ever deleted, so that no file that names others leads to another's data.
@@ -207,7 +208,7 @@ class Staging:
     def _read_plan(self) -> dict:
         return self._read("plan.json", {"options?": {}, "replaces": [self._own_name]})
 
-    def _read(self, name: str, shape):
+    def _read(self, name: str, shape: Any) -> Any:
         """The content of a file of the staging folder; nothing if there is none."""
         path = self.folder / name
         try:

@@ -67,10 +67,10 @@ class ShardWriter(AbstractContextManager):
         self._records = bytearray()
         # A third of the time is SHA-256, which leaves the interpreter free: beside the reading.
         self._hasher = ThreadPoolExecutor(1)
-        self._hashed = self._hasher.submit(bool)
+        self._hashed = self._hasher.submit(self._hash, b"")
         self._file = create(self.path, buffering=0)
 
-    def write(self, key: str, image, *, extension: str, label: int) -> None:
+    def write(self, key: str, image: bytes | memoryview, *, extension: str, label: int) -> None:
         """Append one sample: `<key>.<extension>` and `<key>.cls`."""
         image_member = self._append(f"{key}.{extension}", image)
         label_member = self._append(f"{key}.cls", b"%d" % label)
@@ -92,7 +92,7 @@ class ShardWriter(AbstractContextManager):
         if self._pending_bytes >= _FLUSH_BYTES:
             self._flush()
 
-    def _append(self, name: str, data) -> Member:
+    def _append(self, name: str, data: bytes | memoryview) -> Member:
         num_bytes = len(data)
         padding = bytes(-num_bytes % BLOCK)
         self._pending += (member_header(name.encode(), num_bytes), data, padding)
@@ -131,7 +131,7 @@ class ShardWriter(AbstractContextManager):
             },
         }
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file, self._hasher:
             if kind is not None:
                 return
@@ -141,6 +141,6 @@ class ShardWriter(AbstractContextManager):
             self.num_bytes += end
             self._flush()
             os.fsync(self._file.fileno())
-        self._sidecar = sidecar_head(self.num_samples) + self._sidecar
+        self._sidecar[:0] = sidecar_head(self.num_samples)
         write_atomically(self.sidecar_path, self._sidecar)
         write_atomically(self.records_path, self._records)

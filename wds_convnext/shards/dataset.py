@@ -21,7 +21,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.files import write_atomically
 from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.expand import expand_shards
-from wds_convnext.shards.index import SampleIndex
+from wds_convnext.shards.index import IndexFile, SampleIndex
 from wds_convnext.shards.indexing import find_index
 from wds_convnext.shards.naming import split_of
 from wds_convnext.shards.reader import SampleReader
@@ -98,6 +98,7 @@ class Dataset:
     @cached_property
     def labels(self) -> np.ndarray:
         """The class number of every sample, int32 (num_samples,); no image is touched."""
+        assert self.index is not None  # that of a manifest that was only read has no samples
         labels = self.index.labels()
         labels.flags.writeable = False
         return labels
@@ -228,7 +229,9 @@ def open_dataset(
     return dataset
 
 
-def _from_manifests(paths: list[str], manifest_paths: list[str]):
+def _from_manifests(
+    paths: list[str], manifest_paths: list[str]
+) -> tuple[Dataset, dict[str, tuple[Shard, ...]]]:
     """The data set of these shards, and by manifest all shards that it lists."""
     manifests = {path: read_manifest(path) for path in manifest_paths}
     first_path, first = next(iter(manifests.items()))
@@ -284,7 +287,7 @@ def _with_index(
             for path, shards in wholes.items()
         }
         parts = [(path, some, len(some) == len(wholes[path])) for path, some in listed.items()]
-    found = {}
+    found: dict[str, tuple[IndexFile, int, int]] = {}
     for path, shards, is_whole in parts:
         file = find_index(
             shards,
@@ -294,7 +297,10 @@ def _with_index(
             jobs=jobs,
             quiet=quiet,
         )
-        found |= {normal(shard.path): (file, *file.find(shard)) for shard in shards}
+        for shard in shards:
+            place = file.find(shard)
+            assert place is not None  # `find_index` gives a file that has them all
+            found[normal(shard.path)] = (file, *place)
     places = [found[normal(shard.path)] for shard in dataset.shards]
     shards = tuple(
         replace(shard, num_samples=num_samples)

@@ -81,7 +81,7 @@ def decode_rgb(
     return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def _decode_jpeg(data: bytes, header: JpegHeader, num_rows: int) -> np.ndarray | None:
+def _decode_jpeg(data: bytes | bytearray, header: JpegHeader, num_rows: int) -> np.ndarray | None:
     """At least the first num_rows rows, or None for a JPEG that simplejpeg does not take."""
     height = header.height
     if header.is_one_run and num_rows + _MARGIN_ROWS < height:
@@ -100,7 +100,7 @@ def _decode_jpeg(data: bytes, header: JpegHeader, num_rows: int) -> np.ndarray |
     return None if complaint and not complaint.endswith(_LEFT_OVER) else pixels_HWC
 
 
-def _fill(pixels_HWC: np.ndarray, data: bytes) -> str:
+def _fill(pixels_HWC: np.ndarray, data: bytes | bytearray) -> str:
     """Decode a JPEG into an array of its size; what libjpeg complained about, or ""."""
     try:
         found = simplejpeg.decode_jpeg(data, buffer=pixels_HWC)

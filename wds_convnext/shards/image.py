@@ -31,7 +31,14 @@ from wds_convnext.shards.sniff import sniff
 # those that members of a shard may be named after (`tar.IMAGE_EXTENSIONS`). Others stay out: TIFF
 # and PPM have no member to stand in, and EPS would be handed to Ghostscript.
 # MPO is a JPEG with further pictures behind it, as 3-D cameras and phones write.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "GIF": "gif",
+}
 _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens it as a JPEG
 
 _PNG_END = b"IEND\xae\x42\x60\x82"
@@ -65,7 +72,7 @@ def inspect_image(data: bytes | memoryview) -> ImageFacts:
         return _describe("jpg", jpeg.mode, jpeg.width, jpeg.height, is_turned=is_turned)
     with open_with_pillow(data) as image:
         return _describe(
-            EXTENSIONS[image.format],
+            EXTENSIONS[str(image.format)],
             image.mode,
             *image.size,
             is_turned="exif" in image.info and _is_turned(image.info["exif"]),
@@ -74,9 +81,15 @@ def inspect_image(data: bytes | memoryview) -> ImageFacts:
 
 
 def _describe(
-    extension: str, mode: str, width: int, height: int, *, is_turned: bool, is_animated=False
+    extension: str,
+    mode: str,
+    width: int,
+    height: int,
+    *,
+    is_turned: bool,
+    is_animated: bool = False,
 ) -> ImageFacts:
-    unusual = () if mode in _PLAIN_MODES else (f"mode {mode}",)
+    unusual: tuple[str, ...] = () if mode in _PLAIN_MODES else (f"mode {mode}",)
     if is_animated:
         unusual += ("animated",)
     if is_turned:
@@ -101,7 +114,7 @@ def open_with_pillow(
         with Image.open(stream, formats=_FORMATS) as image:
             num_bytes = WEBP_BYTES if image.format == "WEBP" else PILLOW_BYTES
             limits.check(image.height, image.width, num_bytes)
-            _check_end(data, stream.tell(), EXTENSIONS[image.format])
+            _check_end(data, stream.tell(), EXTENSIONS[str(image.format)])
             yield image
     except ImageError:
         raise

@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -78,7 +78,7 @@ class Record(NamedTuple):
         return _STRUCT.pack(*self)
 
 
-def checksum(image, label: int, sample: int) -> int:
+def checksum(image: bytes | memoryview, label: int, sample: int) -> int:
     """64 bits over an image's bytes, its label and the sample's number in its shard.
 
     XXH3 (Y. Collet, xxHash) seeded with label and number; 2.4 us per 110 kB.
@@ -123,7 +123,7 @@ def _encode_footer(paths: Iterable[str], shards: Iterable[Shard], *, checksums: 
     return footer + _LENGTH.pack(len(footer))
 
 
-def _check_facts(facts) -> str:
+def _check_facts(facts: Any) -> str:
     is_right = isinstance(facts, list) and len(facts) == 4 and not count(facts[1])
     return "" if is_right and isinstance(facts[0], str) else "path, samples, bytes and stamp"
 
@@ -194,7 +194,7 @@ class IndexFile:
         """The records at a place that `find` gave, RECORD (num_samples,), read-only."""
         return np.frombuffer(self.content, RECORD, count=num_samples, offset=offset)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["IndexFile"], tuple[str, bytes | None]]:
         return IndexFile, (self.path, self._bytes)
 
 

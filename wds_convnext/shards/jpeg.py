@@ -78,7 +78,7 @@ def has_jpeg_end(data: bytes | memoryview, start: int) -> bool:
     return data[-2:] == _END or bytes(data[start:]).rfind(_END) >= 0
 
 
-def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+def jpeg_segments(data: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, int]]:
     """Marker, start and end of each segment of a JPEG up to its first scan, as libjpeg sees them.
 
     Ends early where libjpeg would give up.
@@ -107,7 +107,7 @@ def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def bare_jpeg(data: bytes) -> bytes:
+def bare_jpeg(data: bytes | bytearray) -> bytes:
     """A JPEG with only the segments that its pixels depend on, and no stray bytes before a scan.
 
     What is left out cannot be the reason of a complaint about it.

@@ -38,7 +38,9 @@ class SampleReader:
     """
 
     def __init__(self, dataset: "Dataset", *, max_open: int | None = None):
+        assert dataset.index is not None  # that of a manifest that was only read has no samples
         self.dataset = dataset
+        self._index = dataset.index
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         few = limit != resource.RLIM_INFINITY and limit < 4 * _MAX_OPEN
         self.max_open = max_open or (max(1, limit // 4) if few else _MAX_OPEN)
@@ -54,7 +56,7 @@ class SampleReader:
                 were indexed.
         """
         shard, sample = self.dataset.locate(number)
-        record = self.dataset.index.record(shard, sample)
+        record = self._index.record(shard, sample)
         image, label = record.places
         start, end = min(image[0], label[0]) - BLOCK, max(sum(image), sum(label))
         if end - start <= image[1] + label[1] + _MAX_GAP:
@@ -74,7 +76,7 @@ class SampleReader:
         if hasattr(os, "posix_fadvise"):  # not on macOS
             with suppress(ShardError, OSError):
                 shard, sample = self.dataset.locate(number)
-                (offset, num_bytes), _ = self.dataset.index.record(shard, sample).places
+                (offset, num_bytes), _ = self._index.record(shard, sample).places
                 file = self._file(shard)
                 os.posix_fadvise(file, offset - BLOCK, BLOCK + num_bytes, os.POSIX_FADV_WILLNEED)
 
@@ -84,7 +86,7 @@ class SampleReader:
         Raises as `read` does.
         """
         shard, sample = self.dataset.locate(number)
-        record = self.dataset.index.record(shard, sample)
+        record = self._index.record(shard, sample)
         span = self._pread(shard, record.num_bytes, record.start)
         image, label = (self._member(shard, m, span, record.start) for m in record.places)
         self._checked_label(number, record, image, label)
@@ -96,7 +98,7 @@ class SampleReader:
     def describe(self, number: int) -> dict[str, str | int]:
         """Shard, key and byte offset of a sample's image, for messages and reports."""
         shard, sample = self.dataset.locate(number)
-        record = self.dataset.index.record(shard, sample)
+        record = self._index.record(shard, sample)
         try:
             key = self.key(number)
         except ShardError:
@@ -111,7 +113,7 @@ class SampleReader:
             ShardError: if the shard does not hold what its index says.
         """
         shard, sample = self.dataset.locate(number)
-        record = self.dataset.index.record(shard, sample)
+        record = self._index.record(shard, sample)
         header = self._pread(shard, BLOCK, record.start)
         # One header, not the image behind it, unless the name is long or a folder comes first.
         if is_plain_member(header):

@@ -12,7 +12,7 @@ from wds_convnext.shards.naming import find_files, split_of
 MANIFEST_FORMAT = "wds_convnext 1"
 
 
-def _check_pair(value) -> str:
+def _check_pair(value: object) -> str:
     return "" if isinstance(value, list) and len(value) == 2 else "columns of image and label"
 
 
@@ -118,7 +118,7 @@ def is_manifest(path: str | os.PathLike, *, in_place: bool = True) -> bool:
 def manifests_in(folder: str | os.PathLike) -> dict[str, list[str]]:
     """The shards that are in a folder, by the path of their split's manifest, there or not."""
     found = find_files(os.path.join(folder, "*.json"))
-    splits = {path: [] for path in found if is_manifest(path, in_place=False)}
+    splits: dict[str, list[str]] = {path: [] for path in found if is_manifest(path, in_place=False)}
     for path in find_files(os.path.join(folder, "*.tar")):
         splits.setdefault(manifest_path(path), []).append(path)
     return dict(sorted(splits.items()))

@@ -37,7 +37,7 @@ class Member:
     num_bytes: int
     start: int = field(default=-1, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.start < 0:
             object.__setattr__(self, "start", self.offset - BLOCK)
 
@@ -91,7 +91,7 @@ def walk_tar(path: str, skipped: list[Header] | None = None) -> Iterator[list[Me
     Raises:
         ShardError: if the tar is cut short or damaged, or a key comes back after another.
     """
-    seen, sample = set(), []
+    seen, sample = set[str](), list[Member]()
     for member in _members(path, [] if skipped is None else skipped):
         if sample and member.key != sample[0].key:
             yield sample
@@ -184,10 +184,12 @@ def read_members(span: bytes, start: int) -> list[Member]:
     """
     members, at = [], 0
     while at < len(span):
-        name = _plain_name(span[at : at + BLOCK])
-        if name is None:  # a long name, a folder, a link: nothing that our own writer writes
+        header = span[at : at + BLOCK]
+        name, num_bytes = _plain_name(header), announced_bytes(header)
+        if (
+            name is None or num_bytes is None
+        ):  # a long name, a folder, a link: nothing that our own writer writes
             return _read_any_members(span, start)
-        num_bytes = announced_bytes(span[at : at + BLOCK])
         if _NAME_OF_SAMPLE.match(name):
             members.append(Member(name, start + at + BLOCK, num_bytes))
         at = end_of(at + BLOCK, num_bytes)
