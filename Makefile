@@ -63,6 +63,7 @@ torture: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 data: $(INSTALLED)
 	@$(BIN)/python tools/download_data.py

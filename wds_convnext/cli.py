@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -90,7 +91,7 @@ wds-convnext train --resume runs/convnext_base-20261125-101500
 )
 @add_train_options(TrainConfig)
 @click.pass_context
-def train(ctx: click.Context, **options) -> None:
+def train(ctx: click.Context, **options: Any) -> None:
     """Train a classifier on tar shards.
 
     With no option but --shards it is the article's run: convnext_base, 300 epochs.
@@ -179,7 +180,7 @@ wds-convnext eval --checkpoint runs/big --shards 'data/test-<000..001>.tar' --js
 """,
 )
 @add_options(EvalConfig)
-def evaluate(**options) -> None:
+def evaluate(**options: Any) -> None:
     """Evaluate a checkpoint on tar shards.
 
     With no option: the newest run's best checkpoint, on the shards it was validated on.
@@ -248,7 +249,7 @@ wds-convnext shards photos.parquet --out data --label-column species --on-bad sk
 )
 @click.argument("src")
 @add_options(ShardsConfig)
-def shards(src: str, **options) -> None:
+def shards(src: str, **options: Any) -> None:
     """Convert parquet files of images to tar shards, with manifest and offsets.
 
     SRC is a folder of files named {split}-00000-of-00013.parquet (every split in it is converted),
@@ -268,7 +269,7 @@ wds-convnext verify data --against mini-imagenet
 )
 @click.argument("shards")
 @add_options(VerifyConfig)
-def verify(shards: str, **options) -> None:
+def verify(shards: str, **options: Any) -> None:
     """Check shards against their manifest, their offsets and, if given, their input.
 
     SHARDS is as for training; a folder stands for all splits in it.
@@ -293,7 +294,7 @@ wds-convnext inspect 'data/train-<000..012>.tar' --shuffle-buffer 10000
 )
 @click.argument("shards")
 @add_options(InspectConfig)
-def inspect(shards: str, **options) -> None:
+def inspect(shards: str, **options: Any) -> None:
     """Describe shards: counts, classes, image sizes, and how well training will mix the labels.
 
     SHARDS is as for training; a folder stands for all splits in it. Parquet files (a folder, a
@@ -317,7 +318,7 @@ wds-convnext bench data/train.json --target-images-per-s 2000
 )
 @click.argument("shards")
 @add_options(BenchConfig)
-def bench(shards: str, **options) -> None:
+def bench(shards: str, **options: Any) -> None:
     """Measure the loader alone, on these shards and this machine.
 
     SHARDS is as for training. For each number of workers: images per second, CPU time, memory and
@@ -339,7 +340,7 @@ wds-convnext index others/ --label-field class_id --class-names names.txt
 )
 @click.argument("shards")
 @add_options(IndexConfig)
-def index(shards: str, **options) -> None:
+def index(shards: str, **options: Any) -> None:
     """Write manifest and sidecars for shards that others made.
 
     Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
@@ -359,7 +360,8 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with outlasting_output():
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # a name may not fit its encoding
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a name may not fit its encoding
         try:
             try:
                 commands(args)

@@ -248,8 +248,8 @@ class TrainConfig(Config):
                 f"Use {self.batch_size + 1}, or --mixup 0 --cutmix 0."
             )
 
-    def require_shards(self) -> None:
-        """Refuse to start without shards: a run that is resumed takes them from its config.toml.
+    def require_shards(self) -> str:
+        """The shards; a run that is resumed takes them from its config.toml.
 
         Raises:
             UsageError: if none are named.
@@ -258,6 +258,7 @@ class TrainConfig(Config):
             raise UsageError(
                 "--shards is missing. Name them: --shards 'data/train-<000..012>.tar'."
             )
+        return self.shards
 
 
 @dataclass(frozen=True)

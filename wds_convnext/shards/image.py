@@ -31,14 +31,7 @@ from wds_convnext.shards.sniff import sniff
 # those that members of a shard may be named after (`tar.IMAGE_EXTENSIONS`). Others stay out: TIFF
 # and PPM have no member to stand in, and EPS would be handed to Ghostscript.
 # MPO is a JPEG with further pictures behind it, as 3-D cameras and phones write.
-EXTENSIONS = {
-    "JPEG": "jpg",
-    "MPO": "jpg",
-    "PNG": "png",
-    "WEBP": "webp",
-    "BMP": "bmp",
-    "GIF": "gif",
-}
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
 _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens it as a JPEG
 
 _PNG_END = b"IEND\xae\x42\x60\x82"

@@ -100,7 +100,7 @@ def newest_run() -> Path:
     }
     if not written:
         raise CheckpointError(f"{RUNS}/: no run here. Train one first, or name its folder or file.")
-    return max(written, key=written.get)
+    return max(written, key=written.__getitem__)
 
 
 def best_checkpoint(named: str | None) -> Path:

@@ -7,17 +7,20 @@ their own, so that agreeing never waits for the device.
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.stream.loader import STOP_SIGNALS
+
+Item = TypeVar("Item")
 
 STOPPED_EXIT_CODE = 75  # sysexits.h, EX_TEMPFAIL: stopped by a signal, to be run again
 
@@ -47,7 +50,7 @@ class Machine:
     compiled: bool = False
 
     @property
-    def autocast(self) -> Callable:
+    def autocast(self) -> Callable[[], AbstractContextManager]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)
         return partial(torch.autocast, self.device.type, dtype=dtype) if dtype else nullcontext
 
@@ -101,11 +104,11 @@ def announced_world() -> World:
                     "torchrun, so each would train alone. Start one torchrun on each machine."
                 )
     rank, size, local_rank = (
-        int(text) if (text or "").isdecimal() else None if text else default
-        for text, default in zip(said.values(), (0, 1, 0))
+        int(text or default) if (text or default).isdecimal() else -1
+        for text, default in zip(said.values(), ("0", "1", "0"))
     )
     needs = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if None in (rank, size, local_rank) or rank >= size or (size > 1 and needs):
+    if -1 in (rank, size, local_rank) or rank >= size or (size > 1 and needs):
         found = ", ".join(f"{name}={text}" for name, text in said.items() if text is not None)
         raise UsageError(f"{found}: not what torchrun sets. {_TORCHRUN}")
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
@@ -152,7 +155,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError | MemoryError) -> bool:
     """Whether a collective failed because another process is gone or did not come."""
     told = str(error)
     return isinstance(error, dist.DistError) or "gloo" in told or "NCCL" in told
@@ -177,7 +180,7 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
-def broadcast_object(value, world: World):
+def broadcast_object(value: Item, world: World) -> Item:
     """The main rank's value, on every rank (plain Python values)."""
     if world.size == 1:
         return value
@@ -186,25 +189,25 @@ def broadcast_object(value, world: World):
     return box[0]
 
 
-def decided_by_main(decide: Callable, world: World):
+def decided_by_main(decide: Callable[[], Item], world: World) -> Item:
     """What a function gives (plain values), or raises, on the main rank, which alone calls it."""
-    outcome = None
+    outcome: list[Item] | WdsConvnextError = []
     if world.is_main:
         try:
-            outcome = decide()
+            outcome = [decide()]
         except WdsConvnextError as error:
             outcome = error
     outcome = broadcast_object(outcome, world)
     if isinstance(outcome, WdsConvnextError):
         raise outcome
-    return outcome
+    return outcome[0]
 
 
-def gather_lists(items: list, world: World) -> list:
+def gather_lists(items: list[Item], world: World) -> list[Item]:
     """The lists of all ranks joined, in the order of ranks; the same on every rank."""
     if world.size == 1:
         return items
-    lists = [None] * world.size
+    lists: list[list[Item]] = [[]] * world.size
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
@@ -220,7 +223,7 @@ class StopRequest:
     Under `nohup` SIGHUP stays ignored.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal_name: str | None = None
 
     def __enter__(self) -> "StopRequest":
@@ -230,11 +233,11 @@ class StopRequest:
         self._handlers = {s: signal.signal(s, self._note) for s in signals}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame) -> None:
+    def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(signum).name
         for again in self._handlers:
             signal.signal(again, signal.SIG_IGN if again == signal.SIGHUP else signal.SIG_DFL)
@@ -264,7 +267,7 @@ class StopVote:
         self.request, self.world = request, world
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def agreed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def agreed(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The batches, of which each rank has as many.
 
         Raises:
@@ -272,23 +275,22 @@ class StopVote:
             WdsConvnextError: on all ranks, if any cannot have its batch: there what it met.
         """
         while True:
-            batch, error = None, None
+            error: Exception | None = None
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except (Stopped, WdsConvnextError) as met:
                 error = met
-            failed = isinstance(error, WdsConvnextError)
-            own = self._FAIL if failed else self._STOP if self.request.signal_name else self._GO_ON
+            own = self._STOP if self.request.signal_name else self._GO_ON
+            if isinstance(error, WdsConvnextError):
+                own = self._FAIL
             vote = self._highest(own)
             if vote == self._FAIL:
-                raise (
-                    error
-                    if failed
-                    else TrainingError(
-                        f"rank {self.world.rank}: another process cannot go on; its line says why."
-                    )
+                if isinstance(error, WdsConvnextError):
+                    raise error
+                raise TrainingError(
+                    f"rank {self.world.rank}: another process cannot go on; its line says why."
                 )
             if vote == self._STOP:
                 raise Stopped
@@ -298,5 +300,6 @@ class StopVote:
         if self._group is None:
             return own
         ballot = torch.tensor([own])
-        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)
+        # The type of new_group has an int for processes outside the group; all are in this one.
+        dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._group)  # type: ignore[arg-type]
         return int(ballot)

@@ -41,7 +41,7 @@ class WeightAverage:
         self.decay = decay
         self.num_updates = num_updates
         self.names = [name for name, _ in model.named_parameters()]
-        self._parameters = list(model.parameters())
+        self._parameters: list[torch.Tensor] = list(model.parameters())
         self._average = [p.detach().clone() for p in self._parameters]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,7 +18,7 @@ from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
 from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import EvalOrder
-from wds_convnext.stream.stream import Batch, ShardStream
+from wds_convnext.stream.stream import BadSample, Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.checkpoint import (
@@ -50,7 +51,7 @@ class EvalResult:
     top5: float
     loss: float  # mean cross-entropy, nats
     num_samples: int  # that were counted
-    left_out: tuple[dict, ...] = ()  # shard, key and reason of each sample that does not decode
+    left_out: tuple[BadSample, ...] = ()  # those that do not decode
 
     @property
     def top1_interval(self) -> tuple[float, float]:
@@ -63,12 +64,12 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate_batches(
-    model: Callable,
+    model: nn.Module,
     batches: Iterable[Batch],
     *,
     num_classes: int,
     normalizer: Normalizer,
-    autocast: Callable,
+    autocast: Callable[[], AbstractContextManager],
     world: World,
 ) -> EvalResult:
     """Run a model over this rank's batches of a split, and sum over ranks.
@@ -84,7 +85,8 @@ def evaluate_batches(
         DataError: if there is no sample to count.
     """
     model.eval()
-    sums, left_out = None, []
+    sums: torch.Tensor | None = None
+    bad_samples: list[BadSample] = []
     for batch in batches:
         with autocast():
             logits = model(normalizer(batch.images))
@@ -95,13 +97,14 @@ def evaluate_batches(
             )
         counts = _count(logits.float(), batch.labels, batch.is_real)
         sums = counts if sums is None else sums + counts
-        left_out += batch.bad_samples
-    left_out = tuple(gather_lists(left_out, world))
+        bad_samples += batch.bad_samples
+    assert sums is not None  # a data set has samples, so every rank has a batch
+    left_out = tuple(gather_lists(bad_samples, world))
     top1, top5, loss, num_samples = sum_over_ranks(sums, world).tolist()
     if num_samples == 0:
         raise DataError("No sample of the split decodes, so there is nothing to evaluate.")
-    shares = (total / num_samples for total in (top1, top5, loss))
-    return EvalResult(*shares, int(num_samples), left_out)
+    top1, top5, loss = (total / num_samples for total in (top1, top5, loss))
+    return EvalResult(top1, top5, loss, int(num_samples), left_out)
 
 
 def _count(logits: torch.Tensor, labels: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
@@ -125,7 +128,7 @@ class Evaluation:
     flag: str  # the option that sets it
     quiet: bool = False
 
-    def run(self, forward: Callable, batches: Iterator[Batch]) -> EvalResult:
+    def run(self, forward: nn.Module, batches: Iterator[Batch]) -> EvalResult:
         """Evaluate a model on the stream's batches, which are taken from `batches`.
 
         Args:
@@ -161,10 +164,10 @@ class Evaluation:
         return result
 
 
-def name_bad(samples: Sequence[dict]) -> str:
+def name_bad(samples: Sequence[BadSample]) -> str:
     """The first of the samples that do not decode, with the reasons, and a count of the rest."""
     first = [
-        f"{bad['shard']}, key {bad['key']}: {sentence(bad['reason'])}"
+        f"{bad['shard']}, key {bad['key']}: {sentence(str(bad['reason']))}"
         for bad in samples[:_NUM_NAMED]
     ]
     rest = len(samples) - len(first)

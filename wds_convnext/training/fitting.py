@@ -91,7 +91,7 @@ def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
             f"--resume: the checkpoint's stream of samples had {', '.join(of_data)}. Resume with "
             "the same, or start from scratch without --resume, in another --out."
         )
-    free = _FREE_OPTIONS
+    free: tuple[str, ...] = _FREE_OPTIONS
     if then.config.get("scale_lr") == now.config.get("scale_lr") == "none":
         free += ("reference_batch_size",)
     for part, name, old, new in differences:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from wds_convnext import progress
 from wds_convnext.errors import CheckpointError
 from wds_convnext.files import format_json, unwritable, write_atomically
 from wds_convnext.training.evaluate import EvalResult, name_bad
+
+Item = TypeVar("Item")
 
 # How the progress line shows what `gauges` reads.
 READINGS = {
@@ -29,7 +31,7 @@ READINGS = {
 class Stopwatch:
     """Time since the last lap, and how much of it was spent waiting for data."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lap()
 
     def lap(self) -> tuple[float, float]:
@@ -39,7 +41,7 @@ class Stopwatch:
         self._start, self._waited = now, 0.0
         return seconds, waited
 
-    def wait_for(self, iterator):
+    def wait_for(self, iterator: Iterator[Item]) -> Item:
         """The iterator's next item; the time until it comes counts as waiting."""
         start = time.perf_counter()
         item = next(iterator)

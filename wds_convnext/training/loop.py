@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from wds_convnext.errors import DataError, ShardError, TrainingError, sentence
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.distributed import Stopped
+from wds_convnext.training.evaluate import Evaluation
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
 from wds_convnext.training.rundir import RunDir
@@ -55,8 +56,8 @@ def _train_and_validate(
     world, first_step = run.machine.world, run.state.step
     watch = Stopwatch()
     trace = rundir.path / "trace.json" if config.profile and world.is_main else None
-    if state.owes_validation:
-        is_best = _validate(run, batches, log=log)
+    if run.validation and state.owes_validation:
+        is_best = _validate(run, run.validation, batches, log=log)
         _save(run, log=log, rundir=rundir, is_best=is_best)
     with tracing(trace) as end_traced_step:
         while state.step < schedule.last_step:
@@ -95,8 +96,8 @@ def _train_and_validate(
             if too_many:
                 raise too_many
             is_best = False
-            if state.owes_validation:
-                is_best = _validate(run, batches, log=log)
+            if run.validation and state.owes_validation:
+                is_best = _validate(run, run.validation, batches, log=log)
                 watch.lap()  # images per second are those of training alone
             # After all the rest, so that a resumed run repeats and misses nothing of it.
             if saves or is_best:
@@ -113,12 +114,12 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     eager = eager_loss(state, batches, recipe) if recipe.compiled else None
     loss = train_step(state, batches, lr=lr, recipe=recipe)
     if eager is not None:
-        compiled, eager = loss.item(), eager.item()
-        if not abs(compiled - eager) <= _COMPILED_TOLERANCE * abs(eager):
+        compiled, uncompiled = loss.item(), eager.item()
+        if not abs(compiled - uncompiled) <= _COMPILED_TOLERANCE * abs(uncompiled):
             log.say(
                 f"Warning: the compiled model's first loss is {compiled:.6g}, the uncompiled "
-                f"model's {eager:.6g}. Do not trust this run: use --no-compile, or another torch "
-                "version."
+                f"model's {uncompiled:.6g}. Do not trust this run: use --no-compile, or another "
+                "torch version."
             )
     # Everything that stays is here now. A full collection takes 150 ms of 400,000 objects (n = 5,
     # one CPU); frozen, none that is visible, so collecting need not be switched off.
@@ -193,11 +194,11 @@ def _account_for_bad_samples(run: "Run", log: RunLog) -> TrainingError | None:
     return None
 
 
-def _validate(run: "Run", batches: Iterator[Batch], *, log: RunLog) -> bool:
+def _validate(run: "Run", evaluation: Evaluation, batches: Iterator[Batch], *, log: RunLog) -> bool:
     """Validate; gives whether the weights are the best so far, which are to be saved."""
     state = run.state
     with state.average.applied() if state.average else nullcontext():
-        result = run.validation.run(run.recipe.forward, batches)
+        result = evaluation.run(run.recipe.forward, batches)
     # Of weights that give NaN the first class always wins: no accuracy to choose them by.
     is_best = result.top1 > state.best_top1 and math.isfinite(result.loss)
     if is_best:

@@ -1,7 +1,6 @@
 """Models by timm's names, their starting weights, and compilation."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,9 +51,11 @@ def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> t
     return output
 
 
-def compile_model(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+def compile_model(model: nn.Module) -> nn.Module:
     """The model compiled for one shape; random masks are those that eager draws for a seed."""
-    return torch.compile(model, dynamic=False, options={"fallback_random": True})
+    compiled = torch.compile(model, dynamic=False, options={"fallback_random": True})
+    assert isinstance(compiled, nn.Module)  # as what it was made from
+    return compiled
 
 
 @torch.no_grad()

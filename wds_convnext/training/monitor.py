@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ class DeviceTimer:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._span = None
+        self._span: tuple[Any, Any] | None = None
 
     @contextlib.contextmanager
     def span(self) -> Iterator[None]:
@@ -85,7 +86,7 @@ class DeviceTimer:
         start, end = self._span
         return start.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - start)
 
-    def _mark(self):
+    def _mark(self) -> Any:  # an event of CUDA, else seconds
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

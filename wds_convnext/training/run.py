@@ -124,7 +124,7 @@ def open_run(
         config = fit_to_checkpoint(config, then, machine.world)
     num_workers(config.workers, ranks=machine.world.local_size)  # refuses too many
     train_data, val_data, val_spec = open_splits(
-        config.shards, config.val_shards, jobs=num_cores(), quiet=False
+        config.require_shards(), config.val_shards, jobs=num_cores(), quiet=False
     )
     if config.check_shards:
         _check_sha256(train_data, val_data)
@@ -146,16 +146,18 @@ def open_run(
         is_resumed=then is not None,
     )
     notes += [
-        _without_checksums(x) for x in (train_data, val_data) if x and not x.index.has_checksums
+        _without_checksums(x)
+        for x in (train_data, val_data)
+        if x and x.index and not x.index.has_checksums
     ]
-    if then:
+    if then and checkpoint:
         check_resumable(then, facts, warn=warn)
         with taking_over():
             state.load_state_dict(checkpoint)
     check_ranks(
         facts,
         step=state.step,
-        val_shards=val_data and val_data.digest,
+        val_shards=val_data.digest if val_data else None,
         world=machine.world,
     )
     # After loading: DDP hands the main rank's weights to the others when it is made.
@@ -205,7 +207,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config as a resume from another working directory can use it."""
     return replace(
         config,
-        shards=absolute_spec(config.shards),
+        shards=absolute_spec(config.require_shards()),
         val_shards=config.val_shards and absolute_spec(config.val_shards),
         init_from=config.init_from and os.path.abspath(config.init_from),
     )

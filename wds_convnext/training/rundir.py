@@ -104,7 +104,9 @@ class RunDir:
                 shutil.copy2(path, aside)
             names = ", ".join(path.name for path in later)
             notes.append(f"Went back to step {step}: {names} are now in {aside}.")
-        if not last.exists():  # a kill before the next checkpoint must not lose where it began
+        if (
+            self.resumed and not last.exists()
+        ):  # a kill before the next checkpoint must not lose where it began
             link_checkpoint(self.resumed, last)
         return notes
 
@@ -139,7 +141,7 @@ class RunDir:
         ended = "finished" if status.reason == "finished" else "stopped"
         self._write_status(status=ended, step=run.state.step, reason=status.reason)
 
-    def _write_status(self, **content) -> None:
+    def _write_status(self, **content: str | int | None) -> None:
         if self.world.is_main:
             path = self.path / "status.json"
             try:

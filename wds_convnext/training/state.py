@@ -229,7 +229,7 @@ def build_state(
         check_batch_of_one(model, config.image_size)
     starts_from = None if is_resumed else config.init_from
     notes = [init_from(model, starts_from, class_names=class_names)] if starts_from else []
-    model = model.to(machine.device, memory_format=torch.channels_last)
+    model = model.to(machine.device).to(memory_format=torch.channels_last)
     groups = parameter_groups(model, weight_decay=config.weight_decay)
     optimizer = AdamP(groups, lr=config.lr)
     keep_lr_on_device(optimizer, machine.device)

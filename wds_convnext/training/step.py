@@ -25,15 +25,12 @@ from wds_convnext.training.state import TrainState
 class StepRecipe:
     """What a step does besides the state it changes."""
 
-    forward: Callable[
-        [torch.Tensor], torch.Tensor
-    ]  # the model, compiled and wrapped for many processes as configured
+    forward: nn.Module  # the model, compiled and wrapped for many processes as configured
     normalizer: Normalizer
     mixer: Mixer
     autocast: Callable[[], AbstractContextManager]  # gives the context for mixed precision
-    no_sync: Callable[
-        [], AbstractContextManager
-    ]  # gives the context in which ranks do not exchange gradients
+    # Gives the context in which ranks do not exchange gradients.
+    no_sync: Callable[[], AbstractContextManager]
     clip_grad_norm: float
     seed: int
     world: World
@@ -151,11 +148,7 @@ def _forward_backward(
 
 
 def _loss(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    state: TrainState,
-    batch: Batch,
-    micro: int,
-    recipe: StepRecipe,
+    forward: nn.Module, state: TrainState, batch: Batch, micro: int, recipe: StepRecipe
 ) -> torch.Tensor:
     key = (recipe.seed, state.step, micro, recipe.world.rank)
     images, targets = augment_on_device(batch, key=key, recipe=recipe)

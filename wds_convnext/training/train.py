@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,7 +29,7 @@ from wds_convnext.training.distributed import (
     join_world,
     leave_world,
 )
-from wds_convnext.training.evaluate import open_evaluation
+from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.feed import loading
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
@@ -42,7 +43,7 @@ _UNVALIDATED = (
 )
 
 
-def train(config: TrainConfig | None = None, **options) -> int:
+def train(config: TrainConfig | None = None, **options: Any) -> int:
     """Train as configured; gives the exit code: 0, or 75 if a signal stopped the run.
 
     Args:
@@ -112,7 +113,7 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
             status.reason = "finished" if has_finished else request.reason
         try:
             if has_finished and run.validation:
-                _evaluate_best(run, rundir, vote=vote, say=say)
+                _evaluate_best(run, run.validation, rundir, vote=vote, say=say)
         except Stopped:
             has_finished = False
     if not has_finished:
@@ -139,17 +140,19 @@ def _next_commands(run: Run, rundir: RunDir) -> list[str]:
     return lines if run.validation else [_UNVALIDATED, *lines]
 
 
-def _evaluate_best(run: Run, rundir: RunDir, *, vote: StopVote, say: Callable) -> None:
+def _evaluate_best(
+    run: Run, validation: Evaluation, rundir: RunDir, *, vote: StopVote, say: Callable[[str], None]
+) -> None:
     """Evaluate the best of the run's weights as they were chosen, and say how good they are."""
     facts = _load_best(run, rundir.path / "best.pt", say=say)
     chosen = "chosen on this split, so report a test split" if facts else "the last weights"
     evaluation = open_evaluation(
-        run.validation.stream.dataset,
+        validation.stream.dataset,
         batch_size=run.config.batch_size,
         preprocessing=(facts or run.facts).preprocessing,  # of a resumed run, not its last
         machine=run.machine,
-        max_bad_samples=run.validation.max_bad_samples,
-        flag=run.validation.flag,
+        max_bad_samples=validation.max_bad_samples,
+        flag=validation.flag,
     )
     average = None if facts else run.state.average
     with (
