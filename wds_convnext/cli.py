@@ -103,7 +103,6 @@ def train(ctx: click.Context, **options: Any) -> None:
     if options["resume"]:
         options |= _options_of_the_run(ctx, options)
     config = TrainConfig(**options)
-    config.require_shards()
     _say_what_is_read(config)  # before torch is imported, which takes seconds
     from wds_convnext.training.train import train as run_training
 
@@ -118,7 +117,7 @@ def _say_what_is_read(config: TrainConfig) -> None:
     """
     from wds_convnext.shards.expand import expand_spec
 
-    paths = expand_spec(config.shards)
+    paths = expand_spec(config.require_shards())
     if config.val_shards:
         expand_spec(config.val_shards, use="validation")
     if config.init_from and not config.resume and not os.path.isfile(config.init_from):
