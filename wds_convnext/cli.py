@@ -153,7 +153,7 @@ wds-convnext doctor data/train.json --model convnext_tiny --ranks 8 --json
 @click.argument("spec", metavar="[SHARDS]", required=False)
 @add_train_options(DoctorConfig)
 @click.pass_context
-def doctor(ctx: click.Context, spec: str | None, **options) -> None:
+def doctor(ctx: click.Context, spec: str | None, **options: Any) -> None:
     """Look at a training before it is started: its data, its options, this machine.
 
     It takes the options of train: write doctor in place of train. Every image's header and bytes
@@ -218,7 +218,7 @@ wds-convnext explain runs/big --key n01532829_37
 )
 @click.argument("run", required=False)
 @add_options(ExplainConfig)
-def explain(run: str | None, **options) -> None:
+def explain(run: str | None, **options: Any) -> None:
     """Say what a training step gets, or in which steps a sample comes.
 
     RUN is a run's folder or a checkpoint. Default: the newest run under runs/.

@@ -140,7 +140,8 @@ def doctor(
 def _examine(config: DoctorConfig, *, quiet: bool) -> Case:
     """Open the splits of a training, and look at every sample."""
     jobs = config.jobs or os.cpu_count() or 1
-    train_data, val_data, _ = open_splits(config.shards, config.val_shards, jobs=jobs, quiet=quiet)
+    shards = config.require_shards()
+    train_data, val_data, _ = open_splits(shards, config.val_shards, jobs=jobs, quiet=quiet)
     datasets = [train_data] + ([val_data] if val_data else [])
     datasets += _other_splits(datasets)
     order = TrainOrder(

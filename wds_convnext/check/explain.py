@@ -38,7 +38,7 @@ from wds_convnext.training.recorded import RecordedRun, open_recorded_run
 
 
 def explain(
-    run: str | None = None, config: ExplainConfig | None = None, **options
+    run: str | None = None, config: ExplainConfig | None = None, **options: Any
 ) -> StepExplanation | SampleExplanation:
     """Say what a training step gets, or in which steps a sample comes.
 

@@ -138,7 +138,7 @@ def _expand_braces(pattern: str) -> list[str]:
         )
     try:
         return list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:
         raise ShardError(f"{pattern}: its braces do not pair. Write {{000..012}}.") from None
 
 
