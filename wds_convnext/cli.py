@@ -166,7 +166,7 @@ def doctor(ctx: click.Context, spec: str | None, **options: Any) -> None:
     from wds_convnext.check.doctor import doctor as examine
 
     report = examine(spec, DoctorConfig(**options))
-    click.echo(json.dumps(report.to_json()) if options["json"] else "\n".join(report.lines()))
+    click.echo(json.dumps(report.to_json()) if options["json"] else report)
     sys.exit(1 if report.findings else 0)
 
 

@@ -73,6 +73,9 @@ class DoctorReport:
     def findings(self) -> tuple[Finding, ...]:
         return tuple(finding for check in self.checks for finding in check.findings)
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """The report as text."""
         config, order, train = self.case.config, self.case.order, self.case.train.dataset
@@ -95,7 +98,10 @@ class DoctorReport:
     def to_json(self) -> dict[str, Any]:
         return {
             "ok": not self.findings,
-            "splits": {split.name: len(split.dataset) for split in self.case.splits},
+            "splits": [
+                {"split": split.name, "num_samples": len(split.dataset)}
+                for split in self.case.splits
+            ],
             "checks": [check.to_json() for check in self.checks],
             "seconds": round(self.seconds, 1),
         }

@@ -28,9 +28,10 @@ def shared_images(case: Case) -> Iterator[Finding]:
             num = np.count_nonzero((split == second) & np.isin(image, common))
             samples = case.samples_of(common)
             one, other = case.splits[first], case.splits[second]
+            example = next(x for x in samples[0] if x["split"] == other.name)
             yield Finding(
                 f"Images of {other.name} that are in {one.name}, too: {num:,} of "
-                f"{len(other.dataset):,}, e.g. key {_key(samples[0][-1])}.",
+                f"{len(other.dataset):,}, e.g. key {_key(example)}.",
                 f"A model that was fitted to {one.name} knows them: {other.name} looks too good.",
                 "Leave them out of one of the two; --json lists them.",
                 samples,
@@ -66,8 +67,8 @@ def label_conflicts(case: Case) -> Iterator[Finding]:
         first = samples[0][0]
         other = next(x for x in samples[0] if x["class"] != first["class"])
         yield Finding(
-            f"Images with two labels: {len(images):,}, e.g. {_key(first)} is {_class(first)} and "
-            f"{_key(other)} {_class(other)}.",
+            f"Images with two labels: {len(images):,}, e.g. {_key(first)} is {_class(first)}, "
+            f"{_key(other)} is {_class(other)}.",
             "One of the labels is wrong, and no model can get both right.",
             "Correct the label or leave the image out; --json lists them.",
             samples,
@@ -115,7 +116,7 @@ def class_imbalance(case: Case) -> Iterator[Finding]:
         share = counts[largest] / counts.sum()
         small, large = (printable(names[i], limit=30) for i in (smallest, largest))
         yield Finding(
-            f"Class {large} has {counts[largest]:,} samples, {small} {counts[smallest]:,}.",
+            f"Class {large} has {counts[largest]:,} samples, class {small} {counts[smallest]:,}.",
             f"Top-1 hides the small classes: {large} alone is {share:.0%} of the samples.",
             "Add samples of small classes, and look at accuracy class by class.",
         )
@@ -219,7 +220,8 @@ def warmup(case: Case) -> Iterator[Finding]:
     if 3 * warmup_epochs > epochs:
         yield Finding(
             f"--warmup-epochs {warmup_epochs:g} of --epochs {epochs}.",
-            "The learning rate rises for most of the run and has no time to come down.",
+            f"The learning rate rises for {min(1.0, warmup_epochs / epochs):.0%} of the run, with "
+            "little time to come down.",
             f"--warmup-epochs {epochs / 10:g} is a tenth of the run.",
         )
 
