@@ -175,38 +175,37 @@ def doctor(ctx: click.Context, spec: str | None, **options: Any) -> None:
     cls=GroupedCommand,
     examples="""
 wds-convnext eval
-wds-convnext eval --checkpoint runs/big --shards 'data/test-<000..001>.tar' --json
+wds-convnext eval runs/big --shards 'data/test-<000..001>.tar' --json
+wds-convnext eval runs/small runs/big --shards data/test.json
+wds-convnext eval runs/big --image-size 288 --crop 1 --tta flip
 """,
 )
+@click.argument("checkpoints", nargs=-1)
 @add_options(EvalConfig)
-def evaluate(**options: Any) -> None:
-    """Evaluate a checkpoint on tar shards.
+def evaluate(checkpoints: tuple[str, ...], **options: Any) -> None:
+    """Evaluate checkpoints on tar shards.
 
-    With no option: the newest run's best checkpoint, on the shards it was validated on.
+    With no option: the newest run's best checkpoint, on the shards it was validated on. CHECKPOINTS
+    are files or run folders (their best.pt); several are compared in one table, on one split: that
+    of --shards, else the one that the first was validated on.
     """
-    from wds_convnext.training.evaluate import evaluate_checkpoint
-
     config = EvalConfig(**options)
-    result, about = evaluate_checkpoint(config)
-    low, high = result.top1_interval
+    if checkpoints and config.checkpoint is not None:
+        raise UsageError(
+            f"--checkpoint {config.checkpoint}: {checkpoints[0]} is named as well. Name all "
+            "checkpoints without the option."
+        )
+    from wds_convnext.training.evaluate import evaluate_checkpoints
+    from wds_convnext.training.scores import table
+
+    scores = evaluate_checkpoints(checkpoints or [config.checkpoint], config)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     if config.json:
-        numbers = {
-            "top1": result.top1,
-            "top1_low": low,
-            "top1_high": high,
-            "top5": result.top5,
-            "loss": result.loss,
-            "num_samples": result.num_samples,
-        }
-        click.echo(format_json(about | numbers))
+        objects = [format_json(score.to_json()) for score in scores]
+        click.echo(objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]")
         return
-    click.echo(f"{about['model']} ({about['checkpoint']}, step {about['step']})")
-    click.echo(f"on {about['dataset']}, {about['split']} split, {result.num_samples:,} samples")
-    click.echo(f"top-1 {result.top1:.2%} (95 % interval {low:.2%} to {high:.2%})")
-    click.echo(f"top-5 {result.top5:.2%}")
-    click.echo(f"loss  {result.loss:.4f}")
+    click.echo("\n".join(scores[0].lines() if len(scores) == 1 else table(scores)))
 
 
 @commands.command(

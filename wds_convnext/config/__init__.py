@@ -8,13 +8,12 @@ from wds_convnext.config.data import (
     VerifyConfig,
 )
 from wds_convnext.config.fields import ByteSize, Config, option
-from wds_convnext.config.runs import ExplainConfig
+from wds_convnext.config.runs import EvalConfig, ExplainConfig
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
     REFERENCE_LR,
     WARMUP_EPOCHS,
     DoctorConfig,
-    EvalConfig,
     TrainConfig,
 )
 

@@ -4,8 +4,73 @@ from dataclasses import dataclass
 
 import click
 
-from wds_convnext.config.fields import Config, option
+from wds_convnext.config.fields import (
+    COUNT,
+    FRACTION,
+    IMAGE_SIZE,
+    WORKERS,
+    Config,
+    FiniteRange,
+    option,
+)
 from wds_convnext.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EvalConfig(Config):
+    """What `wds-convnext eval` measures."""
+
+    checkpoint: str | None = option(
+        None,
+        "A checkpoint or a run folder (its best.pt). Default: the newest run under runs/.",
+        group="Evaluation",
+    )
+    shards: str | None = option(
+        None,
+        "Shards to evaluate on; of a folder its validation split. Default: those that the run was "
+        "validated on.",
+        group="Evaluation",
+    )
+    image_size: int | None = option(
+        None,
+        "Side of the square the model sees, in pixels. Default: as in training.",
+        group="Pixels",
+        type=IMAGE_SIZE,
+    )
+    crop: float | None = option(
+        None,
+        "Share of the resized image's short side that the square takes; 1 for all of it. Default: "
+        "as the checkpoint says, 0.875.",
+        group="Pixels",
+        type=FiniteRange(0, 1, min_open=True),
+    )
+    tta: str = option(
+        "none",
+        "Test-time augmentation: flip takes the mean of the logits of each image and its mirror "
+        "image.",
+        group="Pixels",
+        type=click.Choice(["none", "flip"]),
+    )
+    batch_size: int = option(160, "Samples per batch and process.", group="Evaluation", type=COUNT)
+    workers: int | None = option(
+        None,
+        "Processes that decode images. Default: one per CPU core, at most 16.",
+        group="Evaluation",
+        type=WORKERS,
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Evaluation")
+    amp: str = option(
+        "auto",
+        "Mixed precision, as in training.",
+        group="Evaluation",
+        type=click.Choice(["auto", "bf16", "fp16", "off"]),
+    )
+    max_bad_samples: float = option(
+        0.0, "Share of samples that may fail to decode.", group="Evaluation", type=FRACTION
+    )
+    json: bool = option(
+        False, "Print one JSON object; of several checkpoints a list.", group="Evaluation"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The options of a training run, and of an evaluation."""
+"""The options of a training run."""
 
 from dataclasses import dataclass
 
@@ -280,38 +280,3 @@ class DoctorConfig(TrainConfig):
         group="Doctor",
         type=COUNT,
     )
-
-
-@dataclass(frozen=True)
-class EvalConfig(Config):
-    """What `wds-convnext eval` measures."""
-
-    checkpoint: str | None = option(
-        None,
-        "A checkpoint or a run folder (its best.pt). Default: the newest run under runs/.",
-        group="Evaluation",
-    )
-    shards: str | None = option(
-        None,
-        "Shards to evaluate on; of a folder its validation split. Default: those that the run was "
-        "validated on.",
-        group="Evaluation",
-    )
-    batch_size: int = option(160, "Samples per batch and process.", group="Evaluation", type=COUNT)
-    workers: int | None = option(
-        None,
-        "Processes that decode images. Default: one per CPU core, at most 16.",
-        group="Evaluation",
-        type=WORKERS,
-    )
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Evaluation")
-    amp: str = option(
-        "auto",
-        "Mixed precision, as in training.",
-        group="Evaluation",
-        type=click.Choice(["auto", "bf16", "fp16", "off"]),
-    )
-    max_bad_samples: float = option(
-        0.0, "Share of samples that may fail to decode.", group="Evaluation", type=FRACTION
-    )
-    json: bool = option(False, "Print one JSON object.", group="Evaluation")

@@ -1,10 +1,10 @@
 """Exact evaluation: every sample once, on any number of ranks, the padding never counted."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,28 +38,10 @@ from wds_convnext.training.distributed import (
     sum_over_ranks,
 )
 from wds_convnext.training.feed import loading
-from wds_convnext.training.model import create_model
+from wds_convnext.training.model import check_image_size, create_model
+from wds_convnext.training.scores import EvalResult, Score
 
 _NUM_NAMED = 10  # samples that a message names
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What one pass over a split gave. Accuracies are fractions, 0..1."""
-
-    top1: float
-    top5: float
-    loss: float  # mean cross-entropy, nats
-    num_samples: int  # that were counted
-    left_out: tuple[BadSample, ...] = ()  # those that do not decode
-
-    @property
-    def top1_interval(self) -> tuple[float, float]:
-        """The 95 % interval of top1 (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-        z, n = 1.959964, self.num_samples
-        center = (self.top1 + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(self.top1 * (1 - self.top1) / n + (z / n) ** 2 / 4)
-        return max(0.0, center - half), min(1.0, center + half)
 
 
 @torch.no_grad()
@@ -239,40 +221,79 @@ def evaluate(
         return evaluation.run(model, batches)
 
 
+class FlipMean(nn.Module):
+    """A model that gives the mean of its logits for images and for their mirror images."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (self.model(images).float() + self.model(images.flip(-1)).float()) / 2
+
+
 def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]:
     """Evaluate a checkpoint; the result, and what was evaluated on what (plain values)."""
+    (score,) = evaluate_checkpoints([config.checkpoint], config)
+    return score.result, score.about
+
+
+def evaluate_checkpoints(named: Sequence[str | None], config: EvalConfig) -> list[Score]:
+    """Evaluate checkpoints on one split: that of the config, else the first one's own.
+
+    Args:
+        named: files or run folders; None for the newest run.
+        config: how; its `checkpoint` does not count.
+    """
     world, device = join_world(config.device)
     try:
         machine = Machine(world, device, choose_amp(config.amp, device))
-        path = best_checkpoint(config.checkpoint)
-        checkpoint = load_checkpoint(path)
-        step, facts = step_and_facts(checkpoint, path)
-        spec = config.shards or facts.val_shards
+        paths = [best_checkpoint(name) for name in named]
+        facts = [step_and_facts(load_checkpoint(path), path)[1] for path in paths]
+        spec = config.shards or facts[0].val_shards
         if spec is None:
-            raise UsageError(f"{path}: its run had no validation shards. Give --shards.")
+            raise UsageError(f"{paths[0]}: its run had no validation shards. Give --shards.")
         dataset = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
-        dataset = with_classes(dataset, facts.class_names, of=str(path))
-        model = create_model(facts.model, num_classes=facts.num_classes).to(device)
-        with taking_over():
-            load_weights(model, checkpoint)
-        about = {
-            "model": facts.model,
-            "weights": "ema" if checkpoint.get("ema") else "model",
-            "checkpoint": str(path),
-            "step": step,
-            "dataset": dataset.name,
-            "split": dataset.split,
-        }
-        del checkpoint  # nothing refers to its file from here on
-        evaluation = open_evaluation(
-            dataset,
-            batch_size=config.batch_size,
-            preprocessing=facts.preprocessing,
-            machine=machine,
-            max_bad_samples=config.max_bad_samples,
-            flag="--max-bad-samples",
-        )
-        with loading(evaluation.stream, config.workers, machine) as batches:
-            return evaluation.run(model, batches), about
+        splits = [with_classes(dataset, f.class_names, of=str(p)) for f, p in zip(facts, paths)]
+        return [_evaluate_one(p, s, config, machine) for p, s in zip(paths, splits)]
     finally:
         leave_world(world)
+
+
+def _evaluate_one(path: Path, dataset: Dataset, config: EvalConfig, machine: Machine) -> Score:
+    checkpoint = load_checkpoint(path)
+    step, facts = step_and_facts(checkpoint, path)
+    model = create_model(facts.model, num_classes=facts.num_classes)
+    preprocessing = replace(
+        facts.preprocessing,
+        image_size=config.image_size or facts.preprocessing.image_size,
+        crop_ratio=config.crop or facts.preprocessing.crop_ratio,
+    )
+    if config.image_size is not None:
+        check_image_size(model, config.image_size)
+    model = model.to(machine.device)
+    with taking_over():
+        load_weights(model, checkpoint)
+    about = {
+        "model": facts.model,
+        "weights": "ema" if checkpoint.get("ema") else "model",
+        "checkpoint": str(path),
+        "step": step,
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "image_size": preprocessing.image_size,
+        "crop": preprocessing.crop_ratio,
+        "tta": config.tta,
+    }
+    del checkpoint  # nothing refers to its file from here on
+    evaluation = open_evaluation(
+        dataset,
+        batch_size=config.batch_size,
+        preprocessing=preprocessing,
+        machine=machine,
+        max_bad_samples=config.max_bad_samples,
+        flag="--max-bad-samples",
+    )
+    forward = FlipMean(model) if config.tta == "flip" else model
+    with loading(evaluation.stream, config.workers, machine) as batches:
+        return Score(evaluation.run(forward, batches), about)
