@@ -294,7 +294,8 @@ def test_a_value_outside_is_refused_alike_everywhere(
     value = data.draw(values_outside(spec))
     path = tmp_path_factory.getbasetemp() / "outside.toml"
     path.write_text(f"{spec.name} = {json.dumps(value) if isinstance(value, str) else value}")
-    variable = f"WDS_CONVNEXT_{command}_{spec.name}".upper()
+    prefix = "train" if command == "doctor" else command
+    variable = f"WDS_CONVNEXT_{prefix}_{spec.name}".upper()
     positional = [] if command in ("train", "eval") else ["source"]
     expected = f"expected {expectation(spec)}."
     attempts = {

@@ -52,30 +52,29 @@ def commands() -> None:
 def add_train_options(config_class: type[TrainConfig]) -> Callable[[Command], Command]:
     """A decorator that gives a command the options of a training, and those for presets."""
 
+    def preset(name: str, path_of: Callable[[str], Path], help: str) -> Callable:
+        return click.option(
+            name,
+            cls=GroupedOption,
+            group="Presets",
+            is_eager=True,
+            expose_value=False,
+            callback=toml_layer(config_class, path_of),
+            help=help,
+        )
+
+    recipe = preset(
+        "--recipe", recipe_path, "A preset that ships with the package: article, cifar10, digits."
+    )
+    config = preset(
+        "--config",
+        Path,
+        "A TOML file of these options (image_size = 224). Stronger than --recipe, weaker than "
+        "the environment (WDS_CONVNEXT_TRAIN_IMAGE_SIZE) and the command line.",
+    )
+
     def decorate(command: Command) -> Command:
-        for name, path_of, help in (
-            (
-                "--config",
-                Path,
-                "A TOML file of these options (image_size = 224). Stronger than --recipe, weaker "
-                "than the environment (WDS_CONVNEXT_TRAIN_IMAGE_SIZE) and the command line.",
-            ),
-            (
-                "--recipe",
-                recipe_path,
-                "A preset that ships with the package: article, cifar10, digits.",
-            ),
-        ):
-            command = click.option(
-                name,
-                cls=GroupedOption,
-                group="Presets",
-                is_eager=True,
-                expose_value=False,
-                callback=toml_layer(config_class, path_of),
-                help=help,
-            )(command)
-        return add_options(config_class)(command)
+        return add_options(config_class)(recipe(config(command)))
 
     return decorate
 
@@ -149,6 +148,9 @@ wds-convnext doctor data/train.json
 wds-convnext doctor --recipe cifar10 --shards cifar/train.json --step
 wds-convnext doctor data/train.json --model convnext_tiny --ranks 8 --json
 """,
+    context_settings={
+        "auto_envvar_prefix": "WDS_CONVNEXT_TRAIN"
+    },  # it looks at what train would do
 )
 @click.argument("spec", metavar="[SHARDS]", required=False)
 @add_train_options(DoctorConfig)

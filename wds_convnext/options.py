@@ -176,7 +176,8 @@ def check_environment(ctx: click.Context) -> None:
     root = ctx.find_root()
     contexts = [root, ctx]
     for name, command in getattr(root.command, "commands", {}).items():
-        contexts.append(click.Context(command, parent=root, info_name=name))
+        settings = command.context_settings
+        contexts.append(click.Context(command, parent=root, info_name=name, **settings))
     known = {
         _variable(context, parameter): parameter
         for context in contexts

@@ -26,7 +26,7 @@ from wds_convnext.check.machine import (
     shard_count,
 )
 from wds_convnext.check.rules import DATA_RULES
-from wds_convnext.cli import main
+from wds_convnext.cli import commands, main
 from wds_convnext.config import DoctorConfig
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.spec import Shard
@@ -349,6 +349,18 @@ def test_the_command_takes_the_options_of_train_and_tells_by_its_exit_code(
     assert report["ok"] is False
     assert [c["rule"] for c in report["checks"] if c["findings"]] == ["image_sizes"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_variables_of_train_count_and_those_of_doctor_are_refused(monkeypatch):
+    """What train would take from the environment is looked at."""
+    monkeypatch.setenv("WDS_CONVNEXT_TRAIN_LR", "fast")
+    with pytest.raises(UsageError, match="WDS_CONVNEXT_TRAIN_LR = fast: expected a number"):
+        commands(["doctor", "data"], standalone_mode=False)
+
+    monkeypatch.setenv("WDS_CONVNEXT_TRAIN_LR", "0.1")
+    monkeypatch.setenv("WDS_CONVNEXT_DOCTOR_LR", "0.1")
+    with pytest.raises(UsageError, match="WDS_CONVNEXT_DOCTOR_LR: no option has this variable"):
+        commands(["doctor", "data"], standalone_mode=False)
 
 
 def test_torch_is_imported_after_the_rules_about_data():
