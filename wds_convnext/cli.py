@@ -226,8 +226,8 @@ def explain(run: str | None, **options: Any) -> None:
 
     A step's samples are named with shard, key, label, crop, flip, color factors and mixing; with
     --key, a sample's step, rank and position in every epoch. All of it follows from the run's
-    options, so steps to come are named as well. Which rank gets a sample is as it was when the
-    checkpoint was written; which step, and what is drawn for it, never changes.
+    options, so steps to come are named as well. Which step gets a sample, and what is drawn for it,
+    never changes; rank, position and mixing are as they were when the checkpoint was written.
     """
     config = ExplainConfig(**options)
     config.require_one()  # before torch is imported, which takes seconds

@@ -223,7 +223,7 @@ def test_other_shards_are_refused(trained, tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         wc.explain(str(tmp_path), step=0)
 
 

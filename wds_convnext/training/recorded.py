@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.options import PER_CALL
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset, open_dataset
@@ -58,6 +58,11 @@ def open_recorded_run(
         ShardError: if they cannot be opened.
     """
     path = newest_run() if named is None else Path(named)
+    if path.is_dir() and not any(path.glob("*.pt")):
+        raise CheckpointError(
+            f"{path}: holds no checkpoint. Name the folder of a run that has saved one, which "
+            "--save-every of train decides, or a .pt file."
+        )
     if path.is_dir():
         path, checkpoint = load_newest(path, warn=warn)
     else:
