@@ -783,13 +783,14 @@ def test_on_a_gpu_a_step_waits_for_its_own_batch_and_not_for_the_next(monkeypatc
 
 
 def test_the_progress_line_and_a_trace_show_where_time_goes(shards, tmp_path, capsys):
-    """TFLOP/s, optimizer time and memory in each line; trace.json has three optimizer steps."""
+    """Rate, wait and the time left in 80 columns; trace.json has three optimizer steps."""
     train(run_config(shards, tmp_path, profile=True, epochs=2))
 
     lines = [line for line in capsys.readouterr().out.splitlines() if " images/s" in line]
     assert len(lines) == 6  # after steps 3, 6, 9 and 12, and where epochs end: 7 and 13
-    of_machine = r"wait=\d+%, [-+.e\d]+ TFLOP/s, optimizer=[\d.]+ms, [\d.]+ GB$"
-    assert all(re.search(of_machine, line) for line in lines)
+    expected = r"Epoch \d, \d+/\d+: \d+ images/s, wait \d+%, \d\d:\d\d left, loss \d\.\d{4}"
+    assert all(re.fullmatch(expected, line) for line in lines)
+    assert "00:00 left" in lines[-1]
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     assert sum(e.get("name") == "Optimizer.step#AdamP.step" for e in events) == 3
 
@@ -803,7 +804,8 @@ def test_readings_are_shown_and_kept(tmp_path, capsys):
         {f"train/{name}": value for name, value in values.items()},
         readings={"train/mfu": 0.41, "train/memory_gb": 12.5},
         epoch=0,
-        num_steps=7,
+        num_steps=93_900,
+        seconds_left=26_123.4,
     )
     log.close()
 
@@ -813,4 +815,6 @@ def test_readings_are_shown_and_kept(tmp_path, capsys):
     assert set(events.Tags()["scalars"]) == json.loads(line).keys() - {"step"}
     [mfu] = events.Scalars("train/mfu")
     assert (mfu.step, mfu.value) == (3, pytest.approx(0.41))
-    assert "mfu=41%, 12.50 GB" in capsys.readouterr().out
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == "Epoch 0, 3/93900: 0 images/s, wait 50%, MFU 41%, 7:15:23 left, loss 0.5000"
+    assert len(line) < 80

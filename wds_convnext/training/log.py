@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from wds_convnext import progress
 from wds_convnext.errors import CheckpointError
@@ -18,14 +19,6 @@ from wds_convnext.files import format_json, unwritable, write_atomically
 from wds_convnext.training.evaluate import EvalResult, name_bad
 
 Item = TypeVar("Item")
-
-# How the progress line shows what `gauges` reads.
-READINGS = {
-    "train/tflops_per_s": "{:.3g} TFLOP/s",
-    "train/mfu": "mfu={:.0%}",
-    "train/optimizer_ms": "optimizer={:.1f}ms",
-    "train/memory_gb": "{:.2f} GB",
-}
 
 
 class Stopwatch:
@@ -97,23 +90,30 @@ class RunLog:
         readings: dict[str, float],
         epoch: int,
         num_steps: int,
+        seconds_left: float,
     ) -> None:
-        """Log one interval's means and the machine's readings, under TensorBoard's names."""
+        """Log one interval's means and the machine's readings, under TensorBoard's names.
+
+        The line that is printed fits 80 columns; what is worth money comes first.
+
+        Args:
+            seconds_left: until the run's last step.
+        """
         if self.quiet:
             return
         self._record(step, values | readings)
         parts = [
-            f"loss={values['train/loss']:.4f}",
-            f"avg={values['train/avg_loss']:.4f}",
-            f"lr={values['train/lr']:.6f}",
             f"{values['train/images_per_s']:.0f} images/s",
-            f"wait={values['train/data_wait']:.0%}",
+            f"wait {values['train/data_wait']:.0%}",
+            f"{tqdm.format_interval(seconds_left)} left",
+            f"loss {values['train/loss']:.4f}",
         ]
-        parts += [READINGS[name].format(value) for name, value in readings.items()]
+        if "train/mfu" in readings:
+            parts.insert(2, f"MFU {readings['train/mfu']:.0%}")
         if self._progress is not None and self._progress.has_bar:
             self._progress.show(self._progress.done, note=", ".join(parts))
         else:
-            self.say(f"Epoch {epoch} step {step}/{num_steps}: {', '.join(parts)}")
+            self.say(f"Epoch {epoch}, {step}/{num_steps}: {', '.join(parts)}")
 
     def epoch(self, step: int, *, epoch: int, loss: float, seconds: float) -> None:
         """The article's line at the end of an epoch."""

@@ -168,6 +168,7 @@ def _log_interval(
         readings=run.gauges.read(images_per_s),
         epoch=epoch,
         num_steps=order.num_steps(epoch + 1),
+        seconds_left=(run.schedule.last_step - state.step) * seconds / interval.num_steps,
     )
     if interval.last_failed >= state.step - interval.num_steps:
         log.say(
