@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import wds_convnext as wc
 from wds_convnext.cli import commands
 from wds_convnext.config import EvalConfig
-from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.errors import CheckpointError, DataError, UsageError
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from wds_convnext.training.evaluate import evaluate_checkpoint, evaluate_checkpoints
@@ -110,6 +110,12 @@ def test_a_checkpoint_that_is_missing_is_found_before_anything_is_evaluated(spli
         evaluate_checkpoints([LAST, "nowhere"], EvalConfig(shards=split, **HOW))
 
     assert "Evaluating" not in "".join(capsys.readouterr())
+
+
+def test_a_crop_that_makes_images_too_large_is_named(split):
+    """The short side would be 32,000 pixels."""
+    with pytest.raises(DataError, match=r"nothing to evaluate: .*38,?400"):
+        evaluate_checkpoint(EvalConfig(checkpoint=LAST, shards=split, crop=0.001, **HOW))
 
 
 @pytest.mark.parametrize(

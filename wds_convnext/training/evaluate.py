@@ -84,7 +84,9 @@ def evaluate_batches(
     left_out = tuple(gather_lists(bad_samples, world))
     top1, top5, loss, num_samples = sum_over_ranks(sums, world).tolist()
     if num_samples == 0:
-        raise DataError("No sample of the split decodes, so there is nothing to evaluate.")
+        raise DataError(
+            f"No sample of the split decodes, so there is nothing to evaluate: {name_bad(left_out)}"
+        )
     top1, top5, loss = (total / num_samples for total in (top1, top5, loss))
     return EvalResult(top1, top5, loss, int(num_samples), left_out)
 
