@@ -111,8 +111,21 @@ def test_images_twice_in_a_split_are_found_and_two_labels_of_one(tmp_path):
 
     (duplicates,), (conflict,) = findings["duplicates"], findings["label_conflicts"]
     assert duplicates.found.startswith("Repeated images in train: 2 of 10")
-    assert conflict.found == "Images with two labels: 1, e.g. train1 is 1, train9 is 0."
-    assert [x["shard"][-7:] for x in conflict.samples[0]] == ["000.tar", "001.tar"]
+    assert conflict.found == "Images with two labels: 1, e.g. train9 is 0, train1 is 1."
+    assert [x["shard"][-7:] for x in conflict.samples[0]] == ["001.tar", "000.tar"]
+
+
+def test_an_image_of_many_samples_is_counted_whole_and_named_ten_times(tmp_path):
+    """Such as a placeholder; a sample of it under another label is named as well."""
+    same = picture(500)
+    write_split(tmp_path, "train", [*plain(0), *[(same, 0)] * 30, (same, 1)])
+
+    findings = found(examine(tmp_path))
+
+    (duplicates,), (conflict,) = findings["duplicates"], findings["label_conflicts"]
+    assert duplicates.found.startswith("Repeated images in train: 30 of 39")
+    assert [len(image) for image in duplicates.samples] == [11]
+    assert conflict.found.endswith("e.g. train8 is 0, train38 is 1.")
 
 
 def test_images_that_cannot_be_used_are_counted_and_are_no_copies(tmp_path):

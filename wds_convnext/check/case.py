@@ -15,6 +15,7 @@ from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.order import TrainOrder
 
 _MAX_LISTED = 1_000  # images of a finding that JSON names
+_MAX_ALIKE = 10
 _COPY = np.dtype(
     [("image", np.uint64), ("split", np.int32), ("label", np.int32), ("number", np.int64)]
 )
@@ -76,7 +77,7 @@ class Case:
 
     @cached_property
     def copies(self) -> np.ndarray:
-        """The samples, _COPY, whose image is that of another, in any split; sorted by image."""
+        """The samples, _COPY, whose image is that of another, in any split; sorted."""
         every = np.concatenate([split.survey.digests for split in self.splits])
         every.sort()
         repeated = np.unique(every[1:][every[1:] == every[:-1]])
@@ -92,15 +93,21 @@ class Case:
             part["label"], part["number"] = split.survey.labels[numbers], numbers
             found.append(part)
         copies = np.concatenate(found)
-        return copies[np.argsort(copies["image"], kind="stable")]
+        return copies[np.lexsort([copies[name] for name in reversed(_COPY.names or ())])]
 
     def samples_of(self, images: np.ndarray) -> tuple[tuple[dict[str, Any], ...], ...]:
         """Split, shard, key and class of the samples of each of some images (the first thousand).
+
+        Of those that share image, split and label, the first ten.
 
         Args:
             images: digests, of `copies`.
         """
         some = self.copies[np.isin(self.copies["image"], images[:_MAX_LISTED])]
+        _, starts, sizes = np.unique(
+            some[["image", "split", "label"]], return_index=True, return_counts=True
+        )
+        some = some[np.arange(len(some)) - np.repeat(starts, sizes) < _MAX_ALIKE]
         found: dict[int, list[dict[str, Any]]] = {}
         with ExitStack() as stack:
             readers = [

@@ -127,11 +127,10 @@ def loader_rate(case: Case) -> Iterator[Finding]:
         )
         loader = loads.rate(workers).images_per_s
     feeds = f"The loader feeds {loader:,.0f} images/s ({workers} worker{'s' * (workers != 1)})"
-    if not config.step:
-        yield Finding(f"{feeds}; --step measures the step, too.")
-        return
-    step = step_rate(case)
-    if loader < step:
+    step = step_rate(case) if config.step else None
+    if step is None:
+        yield Finding(f"{feeds}{'' if config.step else '; --step measures the step, too'}.")
+    elif loader < step:
         yield Finding(
             f"{feeds}, the step takes {step:,.0f}.",
             f"The device waits for data {1 - loader / step:.0%} of the time.",
@@ -144,9 +143,13 @@ def loader_rate(case: Case) -> Iterator[Finding]:
         )
 
 
-def step_rate(case: Case) -> float:
-    """Images/s of one process's training step on its device, on images of noise."""
-    config, machine = case.config, _machine(case.config)
+def step_rate(case: Case) -> float | None:
+    """Images/s of one process's step on images of noise; None if the device is not there."""
+    config = case.config
+    try:
+        machine = _machine(config)
+    except UsageError:  # `precision` says so
+        return None
     num_classes, size = case.train.dataset.num_classes, config.image_size
     state, _ = build_state(config, num_classes=num_classes, machine=machine)
     recipe = build_recipe(
