@@ -50,10 +50,11 @@ def precision(case: Case) -> Iterator[Finding]:
     try:
         machine = _machine(config)
     except UsageError as error:
+        found, _, advice = str(error).partition(". ")
         yield Finding(
-            str(error),
-            "train would refuse to start on this machine.",
-            "Ask the doctor where the run is to be trained, or change the option.",
+            f"{found}.",
+            "train would refuse to start here; where it is to run, it may be right.",
+            advice,
         )
         return
     device, lacks = machine.device, False
