@@ -13,7 +13,7 @@ import sys
 
 from wds_convnext.conversion import convert
 from wds_convnext.errors import ShardError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 
 CHANGES = ("replace", "fsync", "unlink", "rmdir", "mkdir")
 RESUMED_AT = 12  # changes that each process of `again` lives to make, at least

@@ -11,7 +11,7 @@ from conftest import HANG_S, encode_image
 from preloaded import run_preloaded
 
 from wds_convnext.conversion import convert
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

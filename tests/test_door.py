@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from wds_convnext.check.index import read_class_names
 from wds_convnext.door import base_name, check_shape, count, parse_json, read_bounded, text
 from wds_convnext.errors import ShardError, UsageError
-from wds_convnext.shards.dataset import open_dataset, read_manifest
+from wds_convnext.shards.dataset import read_manifest
+from wds_convnext.shards.opening import open_dataset
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -39,10 +39,11 @@ from wds_convnext.conversion.records import recorded
 from wds_convnext.conversion.staging import Staging, read_bad_rows
 from wds_convnext.errors import WdsConvnextError
 from wds_convnext.options import read_run_toml, read_toml
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.limits import ImageError
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.sidecar import format_sidecar
 from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import walk_tar

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     )
     from wds_convnext.conversion import convert
     from wds_convnext.errors import WdsConvnextError
-    from wds_convnext.shards.dataset import Dataset, Sample, open_dataset
+    from wds_convnext.shards.dataset import Dataset, Sample
+    from wds_convnext.shards.opening import open_dataset
     from wds_convnext.stream.order import EvalOrder, TrainOrder
     from wds_convnext.stream.stream import Batch, ShardStream, make_loader
     from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
@@ -56,7 +57,8 @@ _MODULES = {
     ],
     "conversion": ["convert"],
     "errors": ["WdsConvnextError"],
-    "shards.dataset": ["Dataset", "Sample", "open_dataset"],
+    "shards.dataset": ["Dataset", "Sample"],
+    "shards.opening": ["open_dataset"],
     "stream.order": ["EvalOrder", "TrainOrder"],
     "stream.stream": ["Batch", "ShardStream", "make_loader"],
     "stream.transforms": ["EvalTransform", "Preprocessing", "TrainTransform"],

@@ -16,7 +16,7 @@ from test_cli import call
 from wds_convnext.check.bench import BenchReport
 from wds_convnext.check.loads import Loads, Stages, TimedReader, TimedTransform, WorkerRate
 from wds_convnext.progress import Progress
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import num_workers
 from wds_convnext.stream.order import TrainOrder

@@ -15,7 +15,8 @@ from wds_convnext.check.index import read_class_names
 from wds_convnext.check.inspect import inspect
 from wds_convnext.check.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError
-from wds_convnext.shards.dataset import open_dataset, read_manifest
+from wds_convnext.shards.dataset import read_manifest
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.tar import walk_tar
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import ShardStream

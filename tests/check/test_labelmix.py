@@ -12,7 +12,7 @@ from wds_convnext.check.labelmix import (
     measure_label_mix,
     shards_opened,
 )
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.order import TrainOrder
 

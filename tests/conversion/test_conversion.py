@@ -21,7 +21,8 @@ from parquet_sets import encode, image_table, read_folder, read_tar, sorted_rows
 import wds_convnext.conversion
 from wds_convnext.check.verify import verify
 from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError
-from wds_convnext.shards.dataset import open_dataset, read_manifest
+from wds_convnext.shards.dataset import read_manifest
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 
 TESTS = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ from conftest import encode_image, sample_members, write_shards, write_tar
 
 from wds_convnext.conversion import convert
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.dataset import open_dataset
 from wds_convnext.shards.index import RECORD, IndexFile, open_index
 from wds_convnext.shards.indexing import cache_path
+from wds_convnext.shards.opening import open_dataset
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_the_index_is_shared_by_copies_and_processes(converted):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("package", ["shards.dataset", "conversion", "check.verify"])
+@pytest.mark.parametrize("package", ["shards.opening", "conversion", "check.verify"])
 def test_the_format_needs_no_torch(package):
     """Conversion and checks run where torch is not installed, and start at once."""
     code = f"import sys, wds_convnext.{package}; print('torch' in sys.modules)"

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import DataError, ShardError
-from wds_convnext.shards.dataset import open_dataset, read_manifest
+from wds_convnext.shards.dataset import read_manifest
 from wds_convnext.shards.expand import find_counterpart
 from wds_convnext.shards.headers import BLOCK
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.sidecar import format_sidecar, sidecar_path
 from wds_convnext.shards.spec import check_size

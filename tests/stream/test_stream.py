@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from wds_convnext.errors import ShardError, TrainingError, UsageError
 from wds_convnext.rng import uniform
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import Slots
 from wds_convnext.stream.order import EvalOrder, TrainOrder

@@ -10,7 +10,7 @@ from test_train import make_batch, make_step, run_config
 
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.errors import CheckpointError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_cli import call
 from test_stopping import acting_when
 
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.log import RunLog

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from wds_convnext.config import EvalConfig, TrainConfig
 from wds_convnext.conversion import convert
 from wds_convnext.errors import TrainingError
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream

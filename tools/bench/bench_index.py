@@ -17,8 +17,9 @@ import numpy as np
 
 from wds_convnext.conversion.tarwriter import ShardWriter
 from wds_convnext.files import write_atomically
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.index import index_content
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import Shard
 from wds_convnext.stream.order import TrainOrder

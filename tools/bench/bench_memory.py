@@ -104,7 +104,7 @@ def link(files: list[Path], folder: Path, name: str = "train-{:05}") -> list[Pat
 
 def ours(folder: Path, case: Case) -> Iterator:
     """make_loader as training uses it."""
-    from wds_convnext.shards.dataset import open_dataset
+    from wds_convnext.shards.opening import open_dataset
     from wds_convnext.stream.order import TrainOrder
     from wds_convnext.stream.stream import ShardStream, make_loader
     from wds_convnext.stream.transforms import TrainTransform

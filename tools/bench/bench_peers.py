@@ -40,7 +40,7 @@ def ours(setting: Setting, *, shards: str = "shards", color_jitter: float = 0.0)
 
 
 def _our_stream(setting: Setting, shards: str = "shards", color_jitter: float = 0.0):
-    from wds_convnext.shards.dataset import open_dataset
+    from wds_convnext.shards.opening import open_dataset
     from wds_convnext.stream.order import TrainOrder
     from wds_convnext.stream.stream import ShardStream
     from wds_convnext.stream.transforms import TrainTransform
@@ -75,7 +75,7 @@ def our_threads(setting: Setting) -> Iterator:
 
 def bare_loop(setting: Setting) -> Iterator:
     """The ceiling: same images, same transform, no loader."""
-    from wds_convnext.shards.dataset import open_dataset
+    from wds_convnext.shards.opening import open_dataset
     from wds_convnext.shards.reader import SampleReader
 
     dataset = open_dataset(str(setting.formats / "shards" / "train.json"))

@@ -31,7 +31,8 @@ import timm
 import torch
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from wds_convnext.conversion import convert
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream, make_loader
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform

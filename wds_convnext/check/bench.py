@@ -16,7 +16,7 @@ from typing import Any
 from wds_convnext.check.loads import Loads, Stages, WorkerRate
 from wds_convnext.config import BenchConfig
 from wds_convnext.progress import Progress
-from wds_convnext.shards.dataset import open_dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.transforms import TrainTransform

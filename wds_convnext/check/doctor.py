@@ -17,9 +17,9 @@ from wds_convnext.check.survey import survey_shards
 from wds_convnext.config import DoctorConfig
 from wds_convnext.errors import UsageError, printable
 from wds_convnext.pool import Workers
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.naming import is_held_out
-from wds_convnext.shards.opening import open_splits
+from wds_convnext.shards.opening import open_dataset, open_splits
 from wds_convnext.shards.spec import total_bytes
 from wds_convnext.stream.order import TrainOrder
 

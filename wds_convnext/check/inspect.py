@@ -20,9 +20,10 @@ from wds_convnext.config import InspectConfig
 from wds_convnext.conversion.sources import find_splits
 from wds_convnext.errors import ShardError, UsageError, printable
 from wds_convnext.pool import Workers
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.naming import find_files, is_held_out
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.spec import Shard, total_bytes
 
 _MAX_CLASS_LINES = 20

@@ -15,7 +15,8 @@ from wds_convnext.config import EvalConfig
 from wds_convnext.errors import DataError, UsageError, sentence
 from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import BadSample, Batch, ShardStream

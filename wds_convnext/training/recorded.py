@@ -8,7 +8,8 @@ from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.options import PER_CALL
 from wds_convnext.shards.classes import with_classes
-from wds_convnext.shards.dataset import Dataset, open_dataset
+from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
