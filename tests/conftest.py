@@ -126,7 +126,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def start_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start loader workers as --start-method says, if it is given."""
     if method := request.config.getoption("--start-method"):
-        monkeypatch.setattr("wds_convnext.stream.loader.START_METHOD", method)
+        monkeypatch.setattr("wds_convnext.stream.workers.START_METHOD", method)
 
 
 @pytest.fixture(scope="session")

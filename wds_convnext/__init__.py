@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from wds_convnext.errors import WdsConvnextError
     from wds_convnext.shards.dataset import Dataset, Sample
     from wds_convnext.shards.opening import open_dataset
+    from wds_convnext.stream.loader import make_loader
     from wds_convnext.stream.order import EvalOrder, TrainOrder
-    from wds_convnext.stream.stream import Batch, ShardStream, make_loader
+    from wds_convnext.stream.stream import Batch, ShardStream
     from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
     from wds_convnext.training.adamp import AdamP
     from wds_convnext.training.evaluate import EvalResult, evaluate
@@ -60,7 +61,8 @@ _MODULES = {
     "shards.dataset": ["Dataset", "Sample"],
     "shards.opening": ["open_dataset"],
     "stream.order": ["EvalOrder", "TrainOrder"],
-    "stream.stream": ["Batch", "ShardStream", "make_loader"],
+    "stream.loader": ["make_loader"],
+    "stream.stream": ["Batch", "ShardStream"],
     "stream.transforms": ["EvalTransform", "Preprocessing", "TrainTransform"],
     "training.adamp": ["AdamP"],
     "training.evaluate": ["EvalResult", "evaluate"],

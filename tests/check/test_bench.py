@@ -18,9 +18,9 @@ from wds_convnext.check.loads import Loads, Stages, TimedReader, TimedTransform,
 from wds_convnext.progress import Progress
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.stream.loader import num_workers
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.transforms import TrainTransform
+from wds_convnext.stream.workers import num_workers
 
 QUICK = ("--batch-size", 8, "--image-size", 32, "--seconds", 0.05)
 STAGES = ("read", "decode", "resize", "jitter", "batch", "hand_over")

@@ -25,8 +25,9 @@ from test_stream import (
 from wds_convnext.errors import TrainingError
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
-from wds_convnext.stream import loader
-from wds_convnext.stream.stream import ShardStream, make_loader
+from wds_convnext.stream import workers as loader
+from wds_convnext.stream.loader import make_loader
+from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform
 
 

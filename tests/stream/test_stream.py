@@ -20,10 +20,11 @@ from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.stream.loader import Slots
+from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import EvalOrder, TrainOrder
-from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
+from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform
+from wds_convnext.stream.workers import Slots
 
 SIZES = [7, 1, 12, 3]  # uneven, one of a single sample; 23 samples in all
 TRAIN = TrainTransform(16, color_jitter=0.4)
@@ -172,7 +173,7 @@ def test_a_slow_trainer_sees_the_same_stream(dataset, monkeypatch):
 
 def test_the_stream_is_the_same_from_spawned_workers(dataset, monkeypatch):
     """As on systems without a safe fork."""
-    monkeypatch.setattr("wds_convnext.stream.loader.START_METHOD", "spawn")
+    monkeypatch.setattr("wds_convnext.stream.workers.START_METHOD", "spawn")
 
     spawned = take(train_stream(dataset), 7, workers=2)
 

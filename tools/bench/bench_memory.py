@@ -105,8 +105,9 @@ def link(files: list[Path], folder: Path, name: str = "train-{:05}") -> list[Pat
 def ours(folder: Path, case: Case) -> Iterator:
     """make_loader as training uses it."""
     from wds_convnext.shards.opening import open_dataset
+    from wds_convnext.stream.loader import make_loader
     from wds_convnext.stream.order import TrainOrder
-    from wds_convnext.stream.stream import ShardStream, make_loader
+    from wds_convnext.stream.stream import ShardStream
     from wds_convnext.stream.transforms import TrainTransform
 
     dataset = open_dataset(str(folder / "shards" / "train.json"))

@@ -34,7 +34,7 @@ class Setting:
 
 def ours(setting: Setting, *, shards: str = "shards", color_jitter: float = 0.0) -> Iterator:
     """make_loader as training uses it: order, offsets, decode, crop, flip, uint8 batch."""
-    from wds_convnext.stream.stream import make_loader
+    from wds_convnext.stream.loader import make_loader
 
     return make_loader(_our_stream(setting, shards, color_jitter), workers=setting.workers)
 

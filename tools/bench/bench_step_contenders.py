@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.shards.opening import open_dataset
+from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import TrainOrder
-from wds_convnext.stream.stream import Batch, ShardStream, make_loader
+from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.feed import prefetch_to_device

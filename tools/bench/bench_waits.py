@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from wds_convnext.conversion import convert
 from wds_convnext.shards.opening import open_dataset
+from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
-from wds_convnext.stream.stream import ShardStream, ValidatedStream, make_loader
+from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform
 
 BATCH_SIZE, IMAGE_SIZE = 32, 224

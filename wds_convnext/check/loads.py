@@ -14,10 +14,11 @@ from wds_convnext.check.measure import LoaderCost, measure_loader
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
-from wds_convnext.stream.loader import NUM_SLOTS
+from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import TrainOrder
-from wds_convnext.stream.stream import Batch, ShardStream, make_loader
+from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import TrainTransform
+from wds_convnext.stream.workers import NUM_SLOTS
 
 _MIN_BATCHES = 3  # under the clock
 Seconds = defaultdict[str, float]  # by stage

@@ -15,9 +15,9 @@ from wds_convnext.config import DoctorConfig
 from wds_convnext.errors import UsageError
 from wds_convnext.progress import Progress
 from wds_convnext.shards.spec import total_bytes
-from wds_convnext.stream.loader import num_workers
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.claim import RUNS
 from wds_convnext.training.distributed import Machine, choose_amp, join_world
 from wds_convnext.training.model import check_image_size, create_model

@@ -2,14 +2,13 @@
 
 Worker w of W makes the batches w, w + W, w + 2W, … whole; they are handed over round-robin, so what
 the trainer sees does not depend on W. Images cross to the trainer as uint8, through memory that
-both sides hold from the start (`loader`). Validation batches come from the
-same workers, in their place in the sequence, so nothing waits when a validation starts or ends.
+both sides hold from the start (`workers`). Validation batches come from the same workers, in their
+place in the sequence, so nothing waits when a validation starts or ends.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -22,7 +21,6 @@ from wds_convnext.rng import uniform
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.custom import CustomTransform, Transform
-from wds_convnext.stream.loader import Slots, items_of_workers, num_workers
 from wds_convnext.stream.order import EvalOrder, TrainOrder
 
 _MAX_REPLACEMENTS = 64
@@ -264,79 +262,3 @@ def load_batches(
 def _share_of_this_worker(turns: Iterator[Item]) -> Iterator[Item]:
     worker = get_worker_info()
     return turns if worker is None else itertools.islice(turns, worker.id, None, worker.num_workers)
-
-
-def make_loader(
-    stream: ShardStream | ValidatedStream,
-    *,
-    workers: int | None = None,
-    pin_memory: bool = False,
-    while_waiting: Callable[[], None] = lambda: None,
-) -> Generator[Batch, None, None]:
-    """Iterate over a stream's batches, made by worker processes.
-
-    Args:
-        workers: 0 makes them in this process; by default one per CPU core, at most 16.
-        pin_memory: whether the tensors are to lie in page-locked memory.
-        while_waiting: called several times a second while a worker is awaited; may raise.
-    Raises:
-        WdsConvnextError: what a worker met, as it was raised there.
-        TrainingError: if worker processes die again and again.
-    """
-    workers = num_workers(workers)
-    if workers == 0:
-        batches = load_batches(stream)
-        yield from map(partial(_keep, pin_memory=True), batches) if pin_memory else batches
-        return
-    share = _Share(stream, Slots(workers, stream.new_images()), workers)
-    with closing(items_of_workers(share, workers, while_waiting=while_waiting)) as items:
-        for item in items:
-            images = share.slots.images(item.worker, item.slot)
-            labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
-            yield _keep(Batch(images, labels, is_real, item.bad_samples), pin_memory=pin_memory)
-
-
-def _keep(batch: Batch, *, pin_memory: bool) -> Batch:
-    """The batch in memory of its own."""
-    own = torch.Tensor.pin_memory if pin_memory else _copy
-    return Batch(own(batch.images), own(batch.labels), own(batch.is_real), batch.bad_samples)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    # numpy keeps to this thread, where torch would wake one per core, and reuses large pages.
-    return torch.from_numpy(tensor.numpy().copy(order="K"))
-
-
-class _Handover(NamedTuple):
-    """What crosses the pipe for a batch: where its images are, and the rest of it."""
-
-    worker: int
-    slot: int
-    labels: np.ndarray
-    is_real: np.ndarray
-    bad_samples: list[BadSample]
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What runs in a worker process: every so manieth batch of a stream, into its slots in turn."""
-
-    stream: ShardStream | ValidatedStream
-    slots: Slots
-    num_workers: int
-
-    def __call__(
-        self, worker: int, first: int, wait_for_slot: Callable[[], int]
-    ) -> Iterator[_Handover]:
-        start = worker + first * self.num_workers
-        turns = itertools.islice(self.stream.turns(), start, None, self.num_workers)
-        slot: int
-
-        def next_images() -> torch.Tensor:
-            nonlocal slot
-            slot = wait_for_slot()
-            return self.slots.images(worker, slot)
-
-        for batch in load_batches(self.stream, turns, next_images):
-            labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
-            yield _Handover(worker, slot, labels, is_real, batch.bad_samples)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
-from wds_convnext.stream.loader import STOP_SIGNALS
+from wds_convnext.stream.workers import STOP_SIGNALS
 
 Item = TypeVar("Item")
 

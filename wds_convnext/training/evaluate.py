@@ -17,10 +17,10 @@ from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
-from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import BadSample, Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.stream.workers import num_cores
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.checkpoint import (
     load_checkpoint,

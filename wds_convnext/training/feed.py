@@ -5,8 +5,9 @@ from contextlib import closing, contextmanager
 
 import torch
 
-from wds_convnext.stream.loader import num_workers
-from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream, make_loader
+from wds_convnext.stream.loader import make_loader
+from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream
+from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.distributed import Machine, StopVote
 
 

@@ -10,8 +10,8 @@ from wds_convnext.options import PER_CALL
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
-from wds_convnext.stream.loader import num_cores
 from wds_convnext.stream.order import TrainOrder
+from wds_convnext.stream.workers import num_cores
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
 from wds_convnext.training.claim import newest_run
 from wds_convnext.training.rundir import load_newest

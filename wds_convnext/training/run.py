@@ -18,10 +18,10 @@ from wds_convnext.shards.expand import absolute_spec
 from wds_convnext.shards.opening import open_splits
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
-from wds_convnext.stream.loader import num_cores, num_workers
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.stream.workers import num_cores, num_workers
 from wds_convnext.training.augment import build_transform
 from wds_convnext.training.checkpoint import DataFacts, Facts, taking_over
 from wds_convnext.training.distributed import Machine
