@@ -1,6 +1,6 @@
 """The formats that the loaders of `bench_peers` read, all made from the same photographs.
 
-Each is a folder of its own, written beside its place and then renamed: half of one is never read.
+Each is a folder of its own, written next to its place and then renamed: half of one is never read.
 """
 
 import io

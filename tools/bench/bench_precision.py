@@ -1,4 +1,4 @@
-"""What the half-precision residual stream does to the loss: first steps beside plain timm's.
+"""What the half-precision residual stream does to the loss: first steps next to plain timm's.
 
     OMP_NUM_THREADS=1 python tools/bench/bench_precision.py --shards cifar/train.json
 

@@ -1,4 +1,4 @@
-"""How fast conversion is beside the disk's own speed, and how much memory it takes.
+"""How fast conversion is next to the disk's own speed, and how much memory it takes.
 
     python tools/bench/bench_shards.py SOURCE --out DISK_FOLDER --out /dev/shm/bench
 

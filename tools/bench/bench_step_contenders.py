@@ -223,7 +223,7 @@ class Contender:
         """Do something with a contender that still runs; running out of memory ends it."""
         if self.failed:
             return
-        # Not `cudnn.flags(benchmark=...)`: that switches cuDNN itself off unless told otherwise.
+        # Not `cudnn.flags(benchmark=...)`: that switches cuDNN itself off unless asked otherwise.
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         try:
             action(self)

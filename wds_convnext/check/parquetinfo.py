@@ -56,7 +56,9 @@ class ParquetSummary:
         if self.image_and_label:
             lines.append("images in {}, labels in {}".format(*self.image_and_label))
         else:
-            lines.append("images and labels: not told by type; --image-column, --label-column")
+            lines.append(
+                "images and labels: not clear; name them with --image-column, --label-column"
+            )
         if self.class_names:
             names = ", ".join(self.class_names[:5]) + ", …" * (len(self.class_names) > 5)
             lines.append(f"{len(self.class_names)} classes: {names}")

@@ -226,7 +226,7 @@ class Conversion:
                 f"{self.split.name}: {len(self.bad):,} of {self.split.num_rows:,} rows are "
                 f"unusable, the first is row {first['row_in_file']} of {first['file']}: "
                 f"{sentence(first['reason'])} All are listed in {listing}. "
-                "Mend them, or leave them out with --on-bad skip."
+                "Fix them, or leave them out with --on-bad skip."
             )
 
     def _publish(self, shards: tuple[Shard, ...], files: list[str]) -> None:

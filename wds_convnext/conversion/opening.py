@@ -54,7 +54,7 @@ def open_splits(
 
 
 def _is_labelled(split: ParquetSplit) -> bool:
-    """Whether any row has a label; in most splits the first batch tells."""
+    """Whether any row has a label; in most splits the first batch shows it."""
     for labels in read_labels(split, 0, split.num_rows):
         known = labels.drop_null()
         if len(known) and not (pa.types.is_integer(known.type) and pc.max(known).as_py() < 0):

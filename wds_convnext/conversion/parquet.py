@@ -85,7 +85,7 @@ def open_split(
 
     Raises:
         DataError: if a file is not parquet, is cut short, or differs from the others.
-        UsageError: if the columns cannot be told.
+        UsageError: if it is not clear which columns are meant.
     """
     parts = tuple(_open_part(path, image, label) for path in paths)
     first = parts[0].columns

@@ -65,7 +65,7 @@ class ShardWriter(AbstractContextManager):
         self._pending_bytes = 0
         self._sidecar = bytearray()
         self._records = bytearray()
-        # A third of the time is SHA-256, which leaves the interpreter free: beside the reading.
+        # A third of the time is SHA-256, which leaves the interpreter free to read meanwhile.
         self._hasher = ThreadPoolExecutor(1)
         self._hashed = self._hasher.submit(self._hash, b"")
         self._file = create(self.path, buffering=0)

@@ -91,7 +91,7 @@ def _decode_jpeg(data: bytes | bytearray, header: JpegHeader, num_rows: int) -> 
     pixels_HWC = np.empty((height, header.width, 3), dtype=np.uint8)
     complaint = _fill(pixels_HWC, data)
     if complaint and not complaint.endswith(_LEFT_OVER):
-        # libjpeg tells its first warning only, and that may be about metadata or stray bytes.
+        # libjpeg reports its first warning only, and that may be about metadata or stray bytes.
         complaint = _fill(pixels_HWC, bare_jpeg(data))
     # Bytes left over before the end of the image mean that all rows asked for were there; any
     # other complaint about the data means rows of gray or noise.

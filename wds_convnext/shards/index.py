@@ -88,7 +88,7 @@ def checksum(image: bytes | memoryview, label: int, sample: int) -> int:
 
 
 def stamp(shard: Shard) -> str:
-    """What tells a shard from another of its size: its SHA-256, else when it was changed last."""
+    """What identifies a shard among those of its size: its SHA-256, else its last change."""
     if shard.sha256 is not None:
         return shard.sha256
     try:

@@ -21,7 +21,7 @@ _SHARDS_AT_A_TIME = 256  # whose records are in memory together
 def find_index(
     shards: Sequence[Shard],
     *,
-    beside: str,
+    index_at: str,
     is_whole: bool,
     label_field: str,
     jobs: int,
@@ -29,18 +29,18 @@ def find_index(
 ) -> IndexFile:
     """The index that was made from these shards, perhaps among others; a new one if there is none.
 
-    A new one is written to `beside` if the shards are all that a manifest lists, else, or if that
+    A new one is written to `index_at` if the shards are all that a manifest lists, else, or if that
     folder is read-only, to a cache folder; where that cannot be, it is held in memory.
 
     Raises:
         ShardError: if a shard is missing or damaged, or holds another number of samples.
     """
     cached = cache_path(shards)
-    for path in (beside, cached):
+    for path in (index_at, cached):
         file = open_index(path)
         if file is not None and all(file.find(shard) for shard in shards):
             return file
-    for path in [beside] * is_whole + [cached]:
+    for path in [index_at] * is_whole + [cached]:
         folder = os.path.dirname(os.path.abspath(path))
         with contextlib.suppress(OSError):
             if path == cached:

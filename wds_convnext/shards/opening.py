@@ -50,14 +50,14 @@ def open_dataset(
     named = expand_shards(spec, use=use)
     paths = list(map(os.path.normpath, named))
     one_of_each = {re.sub(r"\d+\.tar$", "", path): path for path, by in named.items() if not by}
-    beside = dict.fromkeys(
+    stated = dict.fromkeys(
         os.path.normpath(path)
         for path in (*filter(None, named.values()), *map(manifest_path, one_of_each.values()))
     )
-    if all(map(is_manifest, beside)):
-        dataset, wholes = _from_manifests(paths, list(beside))
+    if all(map(is_manifest, stated)):
+        dataset, wholes = _from_manifests(paths, list(stated))
     else:
-        for path in beside:
+        for path in stated:
             if os.path.isdir(staging_path(path)) and not os.path.isfile(path):
                 raise ShardError(
                     f"{staging_path(path)}: the conversion was interrupted, so shards may be "
@@ -95,7 +95,7 @@ def _from_manifests(
     for path in paths:
         if path not in listed:
             raise ShardError(
-                f"{path}: not listed in {manifest_path(path)}. Leave it out, or index them anew."
+                f"{path}: not listed in {manifest_path(path)}. Leave it out, or index them again."
             )
         check_size(listed[path])
     dataset = replace(first, shards=tuple(listed[path] for path in paths))
@@ -132,7 +132,7 @@ def _with_index(
     for path, shards, is_whole in parts:
         file = find_index(
             shards,
-            beside=index_path(path),
+            index_at=index_path(path),
             is_whole=is_whole,
             label_field=dataset.label_field,
             jobs=jobs,

@@ -88,7 +88,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         return load_batches(self) if self.decode else self._raw_samples()
 
     def turns(self) -> Iterator[tuple["ShardStream", int]]:
-        """The batches to make, in order: whose, and the how manieth of it."""
+        """The batches to make, in order: which stream, and its batch number."""
         numbers = itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
         return ((self, number) for number in numbers)
 

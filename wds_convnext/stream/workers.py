@@ -8,7 +8,7 @@ descriptors.
 A batch is a function of its number. So a worker that dies is started again, from the first batch
 that it has not handed over, and nobody can tell from the batches.
 
-Processes, not threads: with two workers threads are 2 % slower, and one beside the trainer makes
+Processes, not threads: with two workers threads are 2 % slower, and one next to the trainer makes
 each small operation of its interpreter take 2.1 us instead of 1.7 (99th percentile 5, not 2).
 Tried and lost, with two workers (n = 5 to 9): handing out the slots themselves saves 1.2 % and
 needs a way to give them back; resizing straight into the slot, numpy's copy into it, and no garbage

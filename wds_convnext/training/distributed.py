@@ -157,8 +157,8 @@ def choose_amp(amp: str, device: torch.device) -> str:
 
 def is_lost_peer(error: RuntimeError | MemoryError) -> bool:
     """Whether a collective failed because another process is gone or did not come."""
-    told = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in told or "NCCL" in told
+    reason = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in reason or "NCCL" in reason
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -213,7 +213,7 @@ def gather_lists(items: list[Item], world: World) -> list[Item]:
 
 
 class Stopped(Exception):
-    """Ends the wait for a batch, on all ranks alike, because one of them was told to stop."""
+    """Ends the wait for a batch, on all ranks alike, because one of them is to stop."""
 
 
 class StopRequest:

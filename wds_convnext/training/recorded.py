@@ -1,4 +1,4 @@
-"""A run as one of its checkpoints tells it: enough to say what it did and will do, without it."""
+"""A run as one of its checkpoints describes it: enough to say what it did and will do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields

@@ -130,7 +130,7 @@ def train_step(
 def _enter_train_mode(model: nn.Module) -> None:
     """Put a model into training mode if it is not: setting all modules costs the host 1.6 ms.
 
-    Evaluation sets the whole model, so its outermost module tells for all.
+    Evaluation sets the whole model, so its outermost module stands for all.
     """
     if not model.training:
         model.train()
