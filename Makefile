@@ -32,7 +32,8 @@ $(INSTALLED): pyproject.toml requirements.txt requirements-dev.txt
 	  "Python %d.%d found, 3.11 or newer needed. Name one: make PYTHON=python3.11" % v[:2])'
 	@echo "Installing into $(VENV) (once; torch is large, so this takes a while)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  $(if $(UV_DEFAULT_INDEX),--index-url $(UV_DEFAULT_INDEX)) uv==$(UV_VERSION)
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python \
 	  -r requirements-dev.txt --editable .
 	@touch $@

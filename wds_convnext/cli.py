@@ -148,9 +148,8 @@ wds-convnext doctor data/train.json
 wds-convnext doctor --recipe cifar10 --shards cifar/train.json --step
 wds-convnext doctor data/train.json --model convnext_tiny --ranks 8 --json
 """,
-    context_settings={
-        "auto_envvar_prefix": "WDS_CONVNEXT_TRAIN"
-    },  # it looks at what train would do
+    # It looks at what train would do.
+    context_settings={"auto_envvar_prefix": "WDS_CONVNEXT_TRAIN"},
 )
 @click.argument("spec", metavar="[SHARDS]", required=False)
 @add_train_options(DoctorConfig)

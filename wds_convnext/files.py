@@ -5,7 +5,9 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 
@@ -74,6 +76,12 @@ def unwritable(path: str | os.PathLike, error: OSError | RuntimeError) -> str:
 def temporary_name(path: str | os.PathLike) -> str:
     """A name next to `path` that no other process uses, nor one that was killed has left."""
     return f"{os.fspath(path)}.{os.urandom(4).hex()}.tmp"
+
+
+def free_bytes(folder: str | os.PathLike) -> int:
+    """Space that is free where a folder is, or will be."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
 
 
 def sync_folder(path: str | os.PathLike) -> None:

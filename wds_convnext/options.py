@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 from click.types import OptionHelpExtra
 
+from wds_convnext import progress
 from wds_convnext.config.fields import (
     Config,
     FiniteRange,
@@ -160,7 +161,7 @@ class GroupedCommand(click.Command):
 def warn(text: str) -> None:
     """A line on stderr; of a run's many processes, from the first."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(printable(text, limit=2000), err=True)
+        progress.warn(printable(text, limit=2000))
 
 
 def _variable(ctx: click.Context, parameter: click.Parameter) -> str:

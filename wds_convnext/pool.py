@@ -25,6 +25,13 @@ _POLL_S = 0.2
 _worker_count: Count  # in a worker process: adds to the counters that the parent displays
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Workers(AbstractContextManager["Workers"]):
     """A few processes that run tasks; with one job, this process.
 
@@ -35,7 +42,7 @@ class Workers(AbstractContextManager["Workers"]):
     """
 
     def __init__(self, jobs: int | None, *, on_start: Callable[[], None] | None = None):
-        self.jobs = jobs or os.cpu_count() or 1
+        self.jobs = jobs or num_cores()
         self._on_start = on_start
         self._pool: ProcessPoolExecutor | None = None
 

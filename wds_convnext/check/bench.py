@@ -15,11 +15,12 @@ from typing import Any
 
 from wds_convnext.check.loads import Loads, Stages, WorkerRate
 from wds_convnext.config import BenchConfig
+from wds_convnext.pool import num_cores
 from wds_convnext.progress import Progress
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.transforms import TrainTransform
-from wds_convnext.stream.workers import num_cores, num_workers
+from wds_convnext.stream.workers import num_workers
 
 _STAGE_NAMES = {"resize": "resize, flip", "batch": "order, batch", "hand_over": "hand-over"}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from wds_convnext.check.splits import repeated_values
 from wds_convnext.check.survey import UNUSABLE, Survey
 from wds_convnext.config import DoctorConfig
 from wds_convnext.shards.dataset import Dataset
@@ -78,11 +79,8 @@ class Case:
     @cached_property
     def copies(self) -> np.ndarray:
         """The samples, _COPY, whose image is that of another, in any split; sorted."""
-        every = np.concatenate([split.survey.digests for split in self.splits])
-        every.sort()
-        repeated = np.unique(every[1:][every[1:] == every[:-1]])
+        repeated = repeated_values([split.survey.digests for split in self.splits])
         repeated = repeated[repeated != UNUSABLE]
-        del every
         found = [np.zeros(0, _COPY)]
         for place, split in enumerate(self.splits if len(repeated) else ()):
             at = np.searchsorted(repeated, split.survey.digests)

@@ -16,7 +16,7 @@ from wds_convnext.check.splits import find_shard_splits
 from wds_convnext.check.survey import survey_shards
 from wds_convnext.config import DoctorConfig
 from wds_convnext.errors import UsageError, printable
-from wds_convnext.pool import Workers
+from wds_convnext.pool import Workers, num_cores
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.opening import open_dataset, open_splits
@@ -145,7 +145,7 @@ def doctor(
 
 def _examine(config: DoctorConfig, *, quiet: bool) -> Case:
     """Open the splits of a training, and look at every sample."""
-    jobs = config.jobs or os.cpu_count() or 1
+    jobs = config.jobs or num_cores()
     shards = config.require_shards()
     train_data, val_data, _ = open_splits(shards, config.val_shards, jobs=jobs, quiet=quiet)
     datasets = [train_data] + ([val_data] if val_data else [])

@@ -1,6 +1,5 @@
 """What `doctor` looks for in the model and on this machine; what is measured takes seconds."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,13 +12,15 @@ from wds_convnext.check.loads import Loads
 from wds_convnext.check.measure import cpu_lacks_bf16
 from wds_convnext.config import DoctorConfig
 from wds_convnext.errors import UsageError
+from wds_convnext.files import free_bytes
 from wds_convnext.progress import Progress
 from wds_convnext.shards.spec import total_bytes
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.stream.workers import num_workers
+from wds_convnext.training.augment import build_transform
 from wds_convnext.training.claim import RUNS
-from wds_convnext.training.distributed import Machine, choose_amp, join_world
+from wds_convnext.training.distributed import Machine, join_world
 from wds_convnext.training.model import check_image_size, create_model
 from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, train_step
@@ -81,7 +82,7 @@ def disk_space(case: Case) -> Iterator[Finding]:
     # Those kept, an older best.pt, and the new one, which is whole before the oldest goes.
     num_copies = max(config.keep, 1) + 2
     folder = Path(config.out or RUNS).absolute()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
+    free = free_bytes(folder)
     size = f"{num_copies} checkpoints of {num_bytes / 1e9:.2f} GB"
     if num_copies * num_bytes > free:
         yield Finding(
@@ -119,9 +120,7 @@ def loader_rate(case: Case) -> Iterator[Finding]:
         loads = Loads(
             case.train.dataset,
             order,
-            Preprocessing(config.image_size).train_transform(
-                color_jitter=config.color_jitter, scale=(config.min_crop, 1.0), hflip=config.hflip
-            ),
+            build_transform(config, Preprocessing(config.image_size)),
             batch_size=batch_size,
             seconds=_LOADER_S,
             progress=progress,
@@ -186,9 +185,7 @@ def _machine(config: DoctorConfig) -> Machine:
     Raises:
         UsageError: if the device is not there, or does not do the precision asked for.
     """
-    world, device = join_world(config.device)
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    return Machine(world, device, choose_amp(config.amp, device), compiled)
+    return Machine.of(*join_world(config.device), amp=config.amp, compile=config.compile)
 
 
 MACHINE_RULES: tuple[Rule, ...] = (shard_count, precision, disk_space, loader_rate)

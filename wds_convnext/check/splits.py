@@ -6,7 +6,7 @@ what is there: missing shards, shards that no manifest lists, a damaged manifest
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +110,13 @@ def hash_keys(samples: Iterable[list[Member]]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
+def repeated_values(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The values that come more than once in arrays of uint64, each once, sorted."""
+    every = np.concatenate([np.zeros(0, np.uint64), *parts])
+    every.sort()
+    return np.unique(every[1:][every[1:] == every[:-1]])
+
+
 def find_duplicate_keys(
     paths: list[str], key_hashes: list[np.ndarray], *, limit: int = 20
 ) -> list[tuple[str, list[str]]]:
@@ -119,9 +126,7 @@ def find_duplicate_keys(
         key_hashes: of each shard's samples, in order. Equal ones are looked up in the shards.
         limit: of the keys looked up.
     """
-    every = np.concatenate([np.zeros(0, np.uint64), *key_hashes])
-    every.sort()
-    repeated = np.unique(every[1:][every[1:] == every[:-1]])[:limit]
+    repeated = repeated_values(key_hashes)[:limit]
     holders: dict[str, list[str]] = {}
     for path, hashes in zip(paths, key_hashes):
         hits = np.flatnonzero(np.isin(hashes, repeated))

@@ -1,6 +1,5 @@
 """Parquet to tar shards: all splits of a source, checked before the first byte is written."""
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from wds_convnext.conversion.opening import find_class_names, open_splits
 from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.conversion.report import SplitReport
 from wds_convnext.errors import UsageError, WdsConvnextError
+from wds_convnext.files import free_bytes
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.naming import is_held_out
@@ -97,8 +97,7 @@ def _open(
 
 
 def _check_space(out: str, needed: int) -> None:
-    existing = next(path for path in Path(out).absolute().parents if path.is_dir())
-    free = shutil.disk_usage(Path(out) if Path(out).is_dir() else existing).free
+    free = free_bytes(out)
     if free < needed:
         raise UsageError(
             f"{out}: {free / 1e9:.1f} GB are free, and the shards and what is needed to shuffle "

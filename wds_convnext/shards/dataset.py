@@ -101,10 +101,10 @@ class Dataset:
         facts = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in self.shards]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    @cached_property
-    def digest_without_sums(self) -> str:
-        """The digest that the same files have without a manifest's checksums."""
-        return replace(self, shards=tuple(replace(s, sha256=None) for s in self.shards)).digest
+    def is_meant_by(self, digest: str) -> bool:
+        """Whether a digest is of these files, which may have got a manifest's checksums since."""
+        without_sums = replace(self, shards=tuple(replace(s, sha256=None) for s in self.shards))
+        return digest in (self.digest, without_sums.digest)
 
     def locate(self, number: int) -> tuple[int, int]:
         """The shard that holds a sample, and the sample's number in it."""

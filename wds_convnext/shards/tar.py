@@ -186,9 +186,8 @@ def read_members(span: bytes, start: int) -> list[Member]:
     while at < len(span):
         header = span[at : at + BLOCK]
         name, num_bytes = _plain_name(header), announced_bytes(header)
-        if (
-            name is None or num_bytes is None
-        ):  # a long name, a folder, a link: nothing that our own writer writes
+        # A long name, a folder, a link: nothing that our own writer writes.
+        if name is None or num_bytes is None:
             return _read_any_members(span, start)
         if _NAME_OF_SAMPLE.match(name):
             members.append(Member(name, start + at + BLOCK, num_bytes))

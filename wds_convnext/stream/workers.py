@@ -34,6 +34,7 @@ from typing import Generic, TypeVar
 import torch
 
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
+from wds_convnext.pool import num_cores
 from wds_convnext.progress import warn
 
 Item = TypeVar("Item")
@@ -52,13 +53,6 @@ _ADVICE = "The usual cause is memory: use fewer --workers or a smaller --batch-s
 # (worker, number of its first item, a function that waits for a free slot and gives its number)
 # -> the worker's items, one for each slot that it asked for.
 Work = Callable[[int, int, Callable[[], int]], Iterator[Item]]
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def num_workers(asked_for: int | None, *, ranks: int = 1) -> int:

@@ -49,6 +49,18 @@ class Machine:
     amp: str  # off, bf16 or fp16
     compiled: bool = False
 
+    @classmethod
+    def of(
+        cls, world: World, device: torch.device, *, amp: str, compile: bool | None = False
+    ) -> "Machine":
+        """The machine in the precision asked for, compiling or not (None: on CUDA).
+
+        Raises:
+            UsageError: if the device cannot do it.
+        """
+        compiled = device.type == "cuda" if compile is None else compile
+        return cls(world, device, choose_amp(amp, device), compiled)
+
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.amp)

@@ -13,6 +13,7 @@ from torch import nn
 
 from wds_convnext.config import EvalConfig
 from wds_convnext.errors import DataError, UsageError, sentence
+from wds_convnext.pool import num_cores
 from wds_convnext.progress import track
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset
@@ -20,7 +21,6 @@ from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import BadSample, Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing
-from wds_convnext.stream.workers import num_cores
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.checkpoint import (
     load_checkpoint,
@@ -32,7 +32,6 @@ from wds_convnext.training.claim import best_checkpoint
 from wds_convnext.training.distributed import (
     Machine,
     World,
-    choose_amp,
     gather_lists,
     join_world,
     leave_world,
@@ -215,7 +214,7 @@ def evaluate(
         dataset,
         batch_size=batch_size,
         preprocessing=preprocessing or Preprocessing(),
-        machine=Machine(World(), device, choose_amp(amp, device)),
+        machine=Machine.of(World(), device, amp=amp),
         max_bad_samples=max_bad_samples,
         flag="max_bad_samples",
         quiet=quiet,
@@ -250,21 +249,30 @@ def evaluate_checkpoints(named: Sequence[str | None], config: EvalConfig) -> lis
     """
     world, device = join_world(config.device)
     try:
-        machine = Machine(world, device, choose_amp(config.amp, device))
+        machine = Machine.of(world, device, amp=config.amp)
         paths = [best_checkpoint(name) for name in named]
-        facts = [step_and_facts(load_checkpoint(path), path)[1] for path in paths]
+        checkpoints = [load_checkpoint(path) for path in paths]  # mapped: they take no memory
+        facts = [step_and_facts(c, path)[1] for c, path in zip(checkpoints, paths)]
         spec = config.shards or facts[0].val_shards
         if spec is None:
             raise UsageError(f"{paths[0]}: its run had no validation shards. Give --shards.")
         dataset = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
         splits = [with_classes(dataset, f.class_names, of=str(p)) for f, p in zip(facts, paths)]
-        return [_evaluate_one(p, s, config, machine) for p, s in zip(paths, splits)]
+        return [
+            _evaluate_one(path, checkpoint, split, config, machine)
+            for path, checkpoint, split in zip(paths, checkpoints, splits)
+        ]
     finally:
         leave_world(world)
 
 
-def _evaluate_one(path: Path, dataset: Dataset, config: EvalConfig, machine: Machine) -> Score:
-    checkpoint = load_checkpoint(path)
+def _evaluate_one(
+    path: Path,
+    checkpoint: dict[str, Any],
+    dataset: Dataset,
+    config: EvalConfig,
+    machine: Machine,
+) -> Score:
     step, facts = step_and_facts(checkpoint, path)
     model = create_model(facts.model, num_classes=facts.num_classes)
     preprocessing = replace(
@@ -288,7 +296,6 @@ def _evaluate_one(path: Path, dataset: Dataset, config: EvalConfig, machine: Mac
         "crop": preprocessing.crop_ratio,
         "tta": config.tta,
     }
-    del checkpoint  # nothing refers to its file from here on
     evaluation = open_evaluation(
         dataset,
         batch_size=config.batch_size,

@@ -7,11 +7,11 @@ from pathlib import Path
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.options import PER_CALL
+from wds_convnext.pool import num_cores
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
-from wds_convnext.stream.workers import num_cores
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
 from wds_convnext.training.claim import newest_run
 from wds_convnext.training.rundir import load_newest
@@ -75,7 +75,7 @@ def open_recorded_run(
     if spec is None:
         raise UsageError(f"{path}: does not say where its shards are. Give --shards.")
     dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
-    if dataset.digest != facts.data.shards:
+    if not dataset.is_meant_by(facts.data.shards):
         raise UsageError(
             f"{spec}: not the shards that {path} was trained on (digest {dataset.digest}, expected "
             f"{facts.data.shards}). Name those with --shards."

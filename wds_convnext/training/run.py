@@ -12,6 +12,7 @@ import torch
 
 import wds_convnext
 from wds_convnext.config import TrainConfig
+from wds_convnext.pool import num_cores
 from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.expand import absolute_spec
@@ -21,7 +22,7 @@ from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
-from wds_convnext.stream.workers import num_cores, num_workers
+from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.augment import build_transform
 from wds_convnext.training.checkpoint import DataFacts, Facts, taking_over
 from wds_convnext.training.distributed import Machine
@@ -136,7 +137,7 @@ def open_run(
         shuffle_buffer=config.shuffle_buffer,
     )
     facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
-    if then and then.data.shards == train_data.digest_without_sums:  # they were indexed since
+    if then and train_data.is_meant_by(then.data.shards):
         facts = replace(facts, data=replace(facts.data, shards=then.data.shards))
     state, notes = build_state(
         config,
@@ -145,11 +146,6 @@ def open_run(
         class_names=train_data.class_names,
         is_resumed=then is not None,
     )
-    notes += [
-        _without_checksums(x)
-        for x in (train_data, val_data)
-        if x and x.index and not x.index.has_checksums
-    ]
     if then and checkpoint:
         check_resumable(then, facts, warn=warn)
         with taking_over():
@@ -168,28 +164,14 @@ def open_run(
         machine=machine,
         preprocessing=facts.preprocessing,
     )
-    schedule = validation_schedule(config, order)
-    if state.average and state.average.num_updates is not None:
-        notes += filter(None, [warmup_note(config.ema_decay, schedule.last_step)])
-    notes += schedule_notes(config, order)
-    validation = None
-    if val_data is not None:
-        validation = open_evaluation(
-            val_data,
-            batch_size=config.batch_size,
-            preprocessing=facts.preprocessing,
-            machine=machine,
-            max_bad_samples=config.max_bad_val_samples,
-            flag="--max-bad-val-samples",
-        )
     run = Run(
         config=config,
         machine=machine,
         train_data=train_data,
         order=order,
         lr=lr_schedule(config, order),
-        schedule=schedule,
-        validation=validation,
+        schedule=validation_schedule(config, order),
+        validation=_open_validation(val_data, config, facts, machine) if val_data else None,
         state=state,
         recipe=recipe,
         gauges=build_gauges(
@@ -200,7 +182,30 @@ def open_run(
         ),
         facts=facts,
     )
-    return run, notes
+    return run, [*notes, *_notes(run, val_data)]
+
+
+def _open_validation(
+    dataset: Dataset, config: TrainConfig, facts: Facts, machine: Machine
+) -> Evaluation:
+    return open_evaluation(
+        dataset,
+        batch_size=config.batch_size,
+        preprocessing=facts.preprocessing,
+        machine=machine,
+        max_bad_samples=config.max_bad_val_samples,
+        flag="--max-bad-val-samples",
+    )
+
+
+def _notes(run: Run, val_data: Dataset | None) -> list[str]:
+    """Sentences about what is unusual in how a run begins."""
+    splits = [run.train_data, *([val_data] if val_data else [])]
+    notes = [_without_checksums(x) for x in splits if x.index and not x.index.has_checksums]
+    average, decay = run.state.average, run.config.ema_decay
+    if average and average.num_updates is not None:
+        notes += filter(None, [warmup_note(decay, run.schedule.last_step)])
+    return notes + schedule_notes(run.config, run.order)
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

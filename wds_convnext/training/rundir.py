@@ -104,9 +104,8 @@ class RunDir:
                 shutil.copy2(path, aside)
             names = ", ".join(path.name for path in later)
             notes.append(f"Went back to step {step}: {names} are now in {aside}.")
-        if (
-            self.resumed and not last.exists()
-        ):  # a kill before the next checkpoint must not lose where it began
+        # A kill before the next checkpoint must not lose where this start began.
+        if self.resumed and not last.exists():
             link_checkpoint(self.resumed, last)
         return notes
 

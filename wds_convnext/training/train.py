@@ -4,7 +4,6 @@ import gc
 import shlex
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import click
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, TrainingError
+from wds_convnext.options import warn
 from wds_convnext.shards.expand import find_counterpart
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
 from wds_convnext.training.claim import claim
@@ -21,9 +21,7 @@ from wds_convnext.training.distributed import (
     Stopped,
     StopRequest,
     StopVote,
-    World,
-    broadcast_object,
-    choose_amp,
+    gather_lists,
     is_lost_peer,
     is_out_of_memory,
     join_world,
@@ -57,9 +55,8 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
     config.require_shards()
     world, device = join_world(config.device)
     try:
-        compiled = device.type == "cuda" if config.compile is None else config.compile
-        machine = Machine(world, device, choose_amp(config.amp, device), compiled)
-        with claim(config, world, warn=_warner(world)) as rundir:
+        machine = Machine.of(world, device, amp=config.amp, compile=config.compile)
+        with claim(config, world, warn=warn) as rundir:
             return _train(config, machine, rundir)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -79,13 +76,8 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
         leave_world(world)
 
 
-def _warner(world: World) -> Callable[[str], None]:
-    return partial(click.echo, err=True) if world.is_main else lambda text: None
-
-
 def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
     say = click.echo if machine.world.is_main else lambda text: None
-    warn = _warner(machine.world)
     run, notes = open_run(config, machine, checkpoint=rundir.load(), warn=warn)
     notes += rundir.prepare(run)
     if rundir.resumed:
@@ -169,15 +161,13 @@ def _evaluate_best(
 
 def _load_best(run: Run, path: Path, *, say: Callable) -> Facts | None:
     """Load the weights of best.pt, on all ranks alike; None if it is missing or damaged."""
-    reason = None
-    if run.machine.world.is_main:
-        try:
-            load_checkpoint(path)
-        except CheckpointError as error:
-            reason = str(error)
-    if reason := broadcast_object(reason, run.machine.world):
-        say(f"{reason} The last weights are evaluated instead.")
+    best, reasons = {}, []
+    try:
+        best = load_checkpoint(path)
+    except CheckpointError as error:
+        reasons = [str(error)]
+    if reasons := gather_lists(reasons, run.machine.world):
+        say(f"{reasons[0]} The last weights are evaluated instead.")
         return None
-    best = load_checkpoint(path)
     load_weights(run.state.model, best)
     return Facts.from_dict(best["facts"])
