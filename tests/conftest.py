@@ -3,6 +3,7 @@
 import atexit
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -127,6 +128,15 @@ def start_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Start loader workers as --start-method says, if it is given."""
     if method := request.config.getoption("--start-method"):
         monkeypatch.setattr("wds_convnext.stream.workers.START_METHOD", method)
+
+
+@pytest.fixture
+def no_workers_left():
+    """Ends the workers that a failed iteration left to its traceback."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,19 @@ def noisy(data: bytes) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 + noise
 
 
+# Functions of the module: with spawn, workers import them.
+def of_its_own_width(data: bytes) -> torch.Tensor:
+    return torch.zeros(3, 4, len(data))
+
+
+def flat(data: bytes) -> torch.Tensor:
+    return torch.zeros(4, 4)
+
+
+def of_pillow(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
 def batches(shards, transform, *, workers: int, start: int = 0, num: int = 5) -> list[wc.Batch]:
     dataset = wc.open_dataset(f"{shards}/train.json")
     order = wc.TrainOrder(dataset.sizes, **ORDER)
@@ -77,9 +90,9 @@ def test_what_the_function_cannot_open_is_a_bad_sample(shards):
 @pytest.mark.parametrize(
     ("transform", "expected"),
     [
-        (lambda data: torch.zeros(3, 4, len(data)), "Give all images one shape and dtype"),
-        (lambda data: torch.zeros(4, 4), r"gives a tensor \(4, 4\): expected a tensor \(C, H, W\)"),
-        (lambda data: Image.open(io.BytesIO(data)), "gives a JpegImageFile: expected a tensor"),
+        (of_its_own_width, "Give all images one shape and dtype"),
+        (flat, r"gives a tensor \(4, 4\): expected a tensor \(C, H, W\)"),
+        (of_pillow, "gives a JpegImageFile: expected a tensor"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG_S, write_shards
-from test_stream import (
+from streams import (
     SIZES,
     assert_same,
     damage_images,
@@ -30,6 +30,8 @@ from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform
 
+pytestmark = pytest.mark.usefixtures("no_workers_left")
+
 
 @pytest.fixture
 def dataset(tmp_path) -> Dataset:
@@ -40,15 +42,6 @@ def dataset(tmp_path) -> Dataset:
 def damaged_set(dataset) -> Dataset:
     """Samples 2, 3 and 20 do not decode."""
     return damage_images(dataset, [(0, 2), (0, 3), (3, 0)])
-
-
-@pytest.fixture(autouse=True)
-def no_workers_left():
-    """Ends the workers that a failed iteration left to its traceback."""
-    yield
-    for process in workers_of_this_process():
-        process.kill()
-        process.join()
 
 
 @pytest.mark.parametrize(
@@ -117,8 +110,9 @@ def test_waiting_for_a_worker_can_be_ended(dataset):
 
 
 ORPHANS = """
-import sys
-from test_stream import *
+import os, signal, sys
+from streams import *
+from wds_convnext.shards.opening import open_dataset
 batches = make_loader(train_stream(open_dataset(sys.argv[1])), workers=2)
 next(batches)
 print(*(worker.pid for worker in workers_of_this_process()), flush=True)
@@ -131,6 +125,7 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     """Whatever kills it, and though each of them holds both ends of the others' pipes."""
     result = run_here(ORPHANS, write_shards(tmp_path, SIZES))
 
+    assert result.returncode == -signal.SIGKILL, result.stderr
     pids = result.stdout.split()
     assert len(pids) == 2
     ends = time.monotonic() + 60
@@ -165,7 +160,8 @@ def run_here(program: str, *args) -> subprocess.CompletedProcess:
 
 UNCAUGHT = """
 import sys
-from test_stream import *
+from streams import *
+from wds_convnext.shards.opening import open_dataset
 batches = make_loader(train_stream(open_dataset(sys.argv[1])), workers=2)
 next(batches)
 raise SystemError("a bug of the trainer")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN
@@ -17,11 +18,17 @@ def damaged(shards, tmp_path_factory):
     """The shards with one training image overwritten: shard 2, sample 5, key 000000027."""
     out = tmp_path_factory.mktemp("damaged") / "data"
     shutil.copytree(shards, out)
-    member = next(m for m in read_sidecar(out / "train-002.idx")[5] if m.extension == "jpg")
-    with open(out / "train-002.tar", "r+b") as tar:
-        tar.seek(member.offset)
-        tar.write(b"\0" * member.num_bytes)
+    overwrite_image(out / "train-002.tar", 5)
     return out
+
+
+def overwrite_image(shard: Path, sample: int) -> None:
+    """Write zeros over the image of a sample, in place."""
+    members = read_sidecar(shard.with_suffix(".idx"))[sample]
+    image = next(member for member in members if member.extension == "jpg")
+    with shard.open("r+b") as tar:
+        tar.seek(image.offset)
+        tar.write(b"\0" * image.num_bytes)
 
 
 def train(capsys, shards, out, *flags, **options):
@@ -73,10 +80,7 @@ def damaged_validation(shards, tmp_path):
     """The shards with one validation image overwritten: shard 1, sample 2, key 000000011."""
     out = tmp_path / "data"
     shutil.copytree(shards, out)
-    member = next(m for m in read_sidecar(out / "validation-001.idx")[2] if m.extension == "jpg")
-    with open(out / "validation-001.tar", "r+b") as tar:
-        tar.seek(member.offset)
-        tar.write(b"\0" * member.num_bytes)
+    overwrite_image(out / "validation-001.tar", 2)
     return out
 
 
