@@ -1,0 +1,129 @@
+"""Commands about shards: making, checking, describing, measuring and adopting them."""
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from wds_convnext.config import (
+    BenchConfig,
+    IndexConfig,
+    InspectConfig,
+    ShardsConfig,
+    VerifyConfig,
+)
+from wds_convnext.options import GroupedCommand, add_options
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext shards mini-imagenet --out data
+wds-convnext shards photos.parquet --out data --label-column species --on-bad skip
+""",
+)
+@click.argument("src")
+@add_options(ShardsConfig)
+def shards(src: str, **options: Any) -> None:
+    """Convert parquet files of images to tar shards, with manifest and offsets.
+
+    SRC is a folder of files named {split}-00000-of-00013.parquet (every split in it is converted),
+    a glob, or a comma list of files. Running the same command again finishes what was interrupted.
+    """
+    from wds_convnext.conversion import convert
+
+    click.echo(convert(src, ShardsConfig(**options)))
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext verify data
+wds-convnext verify data --against mini-imagenet
+""",
+)
+@click.argument("shards")
+@add_options(VerifyConfig)
+def verify(shards: str, **options: Any) -> None:
+    """Check shards against their manifest, their offsets and, if given, their input.
+
+    SHARDS is as for training; a folder stands for all splits in it.
+
+    Exit codes: 0 everything fits; 1 problems were found, one per line; 2 usage or data
+    error, explained in one line.
+    """
+    from wds_convnext.check.verify import verify as verify_shards
+
+    config = VerifyConfig(**options)
+    report = verify_shards(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else report)
+    sys.exit(1 if report.problems else 0)
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext inspect data --sheet sheet.png
+wds-convnext inspect 'data/train-<000..012>.tar' --shuffle-buffer 10000
+""",
+)
+@click.argument("shards")
+@add_options(InspectConfig)
+def inspect(shards: str, **options: Any) -> None:
+    """Describe shards: counts, classes, image sizes, and how well training will mix the labels.
+
+    SHARDS is as for training; a folder stands for all splits in it. Parquet files (a folder, a
+    glob, a file) are described, too: schema, rows, row groups, compression.
+    """
+    from wds_convnext.check.inspect import inspect as inspect_shards
+
+    config = InspectConfig(**options)
+    summaries = inspect_shards(shards, config)
+    if config.json:
+        click.echo(json.dumps({"splits": [summary.to_json() for summary in summaries]}))
+    else:
+        click.echo("\n".join(line for summary in summaries for line in summary.lines()))
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext bench data/train.json --target-images-per-s 2000
+""",
+)
+@click.argument("shards")
+@add_options(BenchConfig)
+def bench(shards: str, **options: Any) -> None:
+    """Measure the loader alone, on these shards and this machine.
+
+    SHARDS is as for training. For each number of workers: images per second, CPU time, memory and
+    the wait for the first batch; then where the time of one image goes.
+    """
+    from wds_convnext.check.bench import bench as bench_loader
+
+    config = BenchConfig(**options)
+    report = bench_loader(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else "\n".join(report.lines()))
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext index others/
+wds-convnext index others/ --label-field class_id --class-names names.txt
+""",
+)
+@click.argument("shards")
+@add_options(IndexConfig)
+def index(shards: str, **options: Any) -> None:
+    """Write manifest and sidecars for shards that others made.
+
+    Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
+    they are; damaged ones, and keys that come twice, are refused by name.
+    """
+    from wds_convnext.check.index import index as index_shards
+
+    config = IndexConfig(**options)
+    report = index_shards(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else report)
