@@ -11,8 +11,8 @@ from test_train import make_batch, make_step, run_config
 
 from wds_convnext.config import EvalConfig
 from wds_convnext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from wds_convnext.training.compare import evaluate_checkpoint
 from wds_convnext.training.ema import WeightAverage, decay_at, warmup_note
-from wds_convnext.training.evaluate import evaluate_checkpoint
 from wds_convnext.training.model import create_model
 from wds_convnext.training.step import train_step
 from wds_convnext.training.train import train

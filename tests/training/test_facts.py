@@ -15,8 +15,8 @@ from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
 from wds_convnext.training.checkpoint import DataFacts, Facts, load_checkpoint, save_checkpoint
+from wds_convnext.training.compare import evaluate_checkpoint
 from wds_convnext.training.distributed import announced_world
-from wds_convnext.training.evaluate import evaluate_checkpoint
 from wds_convnext.training.fitting import check_resumable
 from wds_convnext.training.model import create_model
 from wds_convnext.training.step import train_step

@@ -14,7 +14,7 @@ from wds_convnext.config import EvalConfig
 from wds_convnext.errors import CheckpointError, DataError, UsageError
 from wds_convnext.training.augment import Normalizer
 from wds_convnext.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from wds_convnext.training.evaluate import evaluate_checkpoint, evaluate_checkpoints
+from wds_convnext.training.compare import evaluate_checkpoint, evaluate_checkpoints
 from wds_convnext.training.model import create_model
 
 OLD = Path(__file__).parents[1] / "fixtures" / "run_0_1_0"

@@ -41,8 +41,8 @@ from wds_convnext.training import loop as train_module
 from wds_convnext.training import step as step_module
 from wds_convnext.training.adamp import parameter_groups
 from wds_convnext.training.checkpoint import load_checkpoint
+from wds_convnext.training.compare import evaluate_checkpoint
 from wds_convnext.training.distributed import Machine, World
-from wds_convnext.training.evaluate import evaluate_checkpoint
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.model import compile_model, create_model
 from wds_convnext.training.monitor import DeviceTimer, Gauges, peak_flops, training_flops

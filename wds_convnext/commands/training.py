@@ -172,7 +172,7 @@ def evaluate(checkpoints: tuple[str, ...], **options: Any) -> None:
             f"--checkpoint {config.checkpoint}: {checkpoints[0]} is named as well. Name all "
             "checkpoints without the option."
         )
-    from wds_convnext.training.evaluate import evaluate_checkpoints
+    from wds_convnext.training.compare import evaluate_checkpoints
     from wds_convnext.training.scores import table
 
     scores = evaluate_checkpoints(checkpoints or [config.checkpoint], config)

@@ -8,7 +8,8 @@ import torch
 from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream
 from wds_convnext.stream.workers import num_workers
-from wds_convnext.training.distributed import Machine, StopVote
+from wds_convnext.training.distributed import Machine
+from wds_convnext.training.stopping import StopVote
 
 
 @contextmanager

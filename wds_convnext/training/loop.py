@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from wds_convnext.errors import DataError, ShardError, TrainingError, sentence
 from wds_convnext.stream.stream import Batch
-from wds_convnext.training.distributed import Stopped
 from wds_convnext.training.evaluate import Evaluation
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.state import Interval
 from wds_convnext.training.step import augment_on_device, eager_loss, train_step
+from wds_convnext.training.stopping import Stopped
 
 if TYPE_CHECKING:
     from wds_convnext.training.run import Run

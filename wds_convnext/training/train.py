@@ -16,11 +16,7 @@ from wds_convnext.shards.expand import find_counterpart
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
 from wds_convnext.training.claim import claim
 from wds_convnext.training.distributed import (
-    STOPPED_EXIT_CODE,
     Machine,
-    Stopped,
-    StopRequest,
-    StopVote,
     gather_lists,
     is_lost_peer,
     is_out_of_memory,
@@ -34,6 +30,7 @@ from wds_convnext.training.loop import fit
 from wds_convnext.training.run import Run, open_run
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.schedule import lr_warning
+from wds_convnext.training.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, StopVote
 
 _UNVALIDATED = (
     "No validation shards were found, so no accuracy is known, and no best.pt is chosen. "
