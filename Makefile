@@ -20,7 +20,7 @@ help:
 	@echo "make demo        convert, train and evaluate on a small real data set, offline"
 	@echo "make test        all tests (make test-quick: those that take a moment)"
 	@echo "make data        download timm/mini-imagenet (7 GB)"
-	@echo "make shards      parquet files in SRC=$(SRC) to tar shards in OUT=$(OUT)"
+	@echo "make shards      images in SRC=$(SRC) to tar shards in OUT=$(OUT)"
 	@echo "make torture     kill and resume a run dozens of times, compare bit for bit"
 	@echo "make lint        checks of lint, format and types"
 	@echo "make clean       delete the demo's folder"

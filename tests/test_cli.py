@@ -222,7 +222,7 @@ def test_shards_of_a_missing_source_are_one_line(capsys, tmp_path):
     code, _, err = call(capsys, "shards", tmp_path / "nothing", "--out", tmp_path / "out")
 
     assert code == 2
-    assert "nothing: no parquet files. Name a folder that holds some" in err
+    assert "nothing: there is no such file or folder. Expected parquet files" in err
     assert not (tmp_path / "out").exists()
 
 

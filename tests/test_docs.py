@@ -2,16 +2,16 @@
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG_S, encode_image
+from conftest import HANG_S, encode_image, write_parquet
 from preloaded import run_preloaded
 
-from wds_convnext.conversion import convert
-from wds_convnext.shards.opening import open_dataset
+from wds_convnext.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -24,7 +24,6 @@ def python_blocks(page: Path) -> list[str]:
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
-    if page.name != "data.md"  # has a test of its own
     for number, code in enumerate(python_blocks(page))
 ]
 
@@ -46,20 +45,25 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_the_folder_that_the_data_page_makes_converts(tmp_path, monkeypatch):
-    """Its splits, classes and images are those of the class folders."""
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """The sources that the data page names, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    names = ["cat", "dog", "cat"]
-    for number, name in enumerate(names):
+    write_parquet(tmp_path / "pictures", "train", [5])
+    for number, name in enumerate(["cat", "dog", "cat"]):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(encode_image(number))
 
-    exec(python_blocks(ROOT / "docs" / "data.md")[0], {})
-    convert("pictures", out="data", jobs=1, shuffle=False, quiet=True)
 
-    dataset = open_dataset("data/train.json")
-    found = [(dataset.class_names[sample.label], sample.image) for sample in dataset]
-    assert found == [("cat", encode_image(0)), ("cat", encode_image(2)), ("dog", encode_image(1))]
+def test_the_commands_of_the_data_page_run_as_printed(sources, capsys):
+    """Every source is converted and verified, and nothing is found."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```\n(wds-convnext shards .*?)```", page, re.DOTALL)
+    for line in "".join(blocks).splitlines():
+        with pytest.raises(SystemExit) as ended:
+            main([*shlex.split(line, comments=True)[1:], "--jobs", "1"])
+        assert ended.value.code == 0, capsys.readouterr().err
+    assert "wds-convnext verify" in "".join(blocks)
 
 
 def test_the_readme_is_short():

@@ -1,4 +1,4 @@
-"""Convert parquet files to tar shards: `wds-convnext shards`, from a checkout."""
+"""Convert a source of images to tar shards: `wds-convnext shards`, from a checkout."""
 
 import sys
 

@@ -30,6 +30,16 @@ def read_bounded(path: str | os.PathLike, *, max_bytes: int = MAX_BYTES) -> byte
         return file.read(max_bytes)
 
 
+def read_head(path: str | os.PathLike, num_bytes: int) -> bytes:
+    """The first bytes of a regular file; nothing of a file that is not one or cannot be read."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return file.read(num_bytes) if is_file else b""
+    except (OSError, ValueError):  # the latter for a name with a NUL
+        return b""
+
+
 def read_json(path: str | os.PathLike, shape: Any, *, max_bytes: int = MAX_BYTES) -> Any:
     """What a JSON file holds, of a shape as in `check_shape`.
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from parquet_sets import image_table, sorted_rows, write_split
 
 from wds_convnext.conversion import convert
-from wds_convnext.conversion.parquet import open_split
-from wds_convnext.conversion.rows import read_rows
+from wds_convnext.conversion.sources.parquet import open_split
 from wds_convnext.errors import WdsConvnextError
 
 
@@ -37,7 +36,7 @@ def test_a_flipped_bit_of_a_footer_loses_no_row_silently(whole, tmp_path_factory
 
     try:
         split = open_split("train", [str(path)], image="image", label="label")
-        num_read = sum(len(b.images) for b in read_rows(split, ("a",) * 4, 0, split.num_rows))
+        num_read = sum(len(batch.images) for batch in split.rows(0, split.num_rows))
     except WdsConvnextError as error:
         assert "\n" not in str(error)
     else:

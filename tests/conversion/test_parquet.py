@@ -10,21 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parquet_sets import CLASS_NAMES, encode, image_table, sorted_rows, write_split
 
-from wds_convnext.conversion.columns import find_columns
 from wds_convnext.conversion.opening import find_class_names
-from wds_convnext.conversion.parquet import open_split
-from wds_convnext.conversion.rows import UNLABELLED, read_rows
-from wds_convnext.conversion.sources import find_splits, split_of
+from wds_convnext.conversion.source import UNLABELLED, label_numbers
+from wds_convnext.conversion.sources.columns import find_columns
+from wds_convnext.conversion.sources.parquet import open_split
+from wds_convnext.conversion.sources.parquet_files import find_splits, split_of
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.shards.tar import read_tar
 
 
 def rows_of(split, class_names=CLASS_NAMES, start=0, stop=None):
-    batches = read_rows(split, class_names, start, split.num_rows if stop is None else stop)
+    """Row number, image bytes (None where there is an error in their place) and class number."""
     return [
-        (batch.first_row + i, image if image is None else bytes(image), int(label))
-        for batch in batches
-        for i, (image, label) in enumerate(zip(batch.images, batch.labels, strict=True))
+        (batch.first_row + i, None if isinstance(image, DataError) else bytes(image), int(label))
+        for batch in split.rows(start, split.num_rows if stop is None else stop)
+        for i, (image, label) in enumerate(
+            zip(batch.images, label_numbers(batch.labels, class_names), strict=True)
+        )
     ]
 
 
@@ -163,7 +165,7 @@ def test_any_row_range_has_the_bytes_and_labels_of_its_rows(tmp_path, row_group_
 
 
 def test_empty_files_and_null_rows_are_read_as_such(tmp_path):
-    """An empty file has no rows; a null image is None; a null or unknown label is UNLABELLED."""
+    """An empty file has no rows; a null image is an error; such a label is UNLABELLED."""
     images = [encode(0), None, encode(2), encode(3)]
     table = image_table(images, pa.array([0, 1, None, 7]))
     paths = write_split(tmp_path, "train", table)

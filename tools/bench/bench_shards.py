@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wds_convnext.conversion import convert
-from wds_convnext.conversion.parquet import open_split
+from wds_convnext.conversion.sources.parquet import open_split
 
 NUM_FILES = 4
 

@@ -1,4 +1,4 @@
-"""Proof that shards hold their parquet input: every row, once, with the same bytes and label.
+"""Proof that shards hold their input: every row, once, with the same bytes and label.
 
 A sample's key is its row's number in the split, so shards are compared with the input in any
 order. Of every image 64 bits of its SHA-256 are kept, of both sides: 60 bytes a sample in all.
@@ -16,9 +16,7 @@ from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import ShardSplit
 from wds_convnext.conversion.layout import unit_edges
 from wds_convnext.conversion.opening import open_splits
-from wds_convnext.conversion.parquet import ParquetSplit, open_split
-from wds_convnext.conversion.rows import UNLABELLED, read_rows
-from wds_convnext.conversion.sources import find_splits
+from wds_convnext.conversion.source import UNLABELLED, Opener, SourceSplit, label_numbers
 from wds_convnext.conversion.staging import read_bad_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
@@ -35,42 +33,47 @@ _NO_ROW = -1
 DIGEST = np.dtype([("row", np.int64), ("image", np.uint64), ("label", np.int32)])
 
 
-def find_inputs(source: str, splits: list[ShardSplit]) -> dict[str, ParquetSplit]:
-    """The parquet input of each split of shards that has a manifest.
+def open_inputs(
+    source: str, openers: dict[str, Opener], splits: list[ShardSplit]
+) -> dict[str, SourceSplit]:
+    """The input of each split of shards that has a manifest.
+
+    Args:
+        source: what the input is called.
+        openers: its splits.
 
     Raises:
         UsageError: if a split was not converted, is named in part, or has no files in the source.
     """
-    files = find_splits(source)
     inputs = {}
     for split in splits:
         if split.manifest_error or split.is_interrupted:
             continue  # a problem already
         if split.manifest is None:
-            raise UsageError(f"{split.manifest_path}: no manifest, so not made from parquet files.")
+            raise UsageError(f"{split.manifest_path}: no manifest, so not made by a conversion.")
         if not split.is_whole:
             raise UsageError(f"--against compares whole splits. Name {split.manifest_path}.")
-        if split.name not in files:
+        if split.name not in openers:
             raise UsageError(
-                f"--against {source}: holds the splits {', '.join(files)}, not {split.name}. "
+                f"--against {source}: holds the splits {', '.join(openers)}, not {split.name}. "
                 "Name the folder that was converted, or fewer shards."
             )
         image, label = split.manifest.options.get("columns") or (None, None)
-        inputs[split.name] = open_split(split.name, files[split.name], image=image, label=label)
+        inputs[split.name] = openers[split.name](image=image, label=label)
     return inputs
 
 
-def splits_without_shards(source: str, splits: list[ShardSplit]) -> dict[str, int]:
+def splits_without_shards(openers: dict[str, Opener], splits: list[ShardSplit]) -> dict[str, int]:
     """The labelled splits of the input that are not among those of the shards, and their rows."""
     there = {split.name for split in splits}
     stated = [split.manifest.options.get("columns") for split in splits if split.manifest]
     image, label = next(filter(None, stated), (None, None))
-    opened, _ = open_splits(source, image=image, label=label)
+    opened, _ = open_splits(openers, image=image, label=label)
     return {split.name: split.num_rows for split in opened if split.name not in there}
 
 
 def compare_with_input(
-    split: ShardSplit, source: ParquetSplit, *, workers: Workers, quiet: bool = False
+    split: ShardSplit, source: SourceSplit, *, workers: Workers, quiet: bool = False
 ) -> tuple[list[Problem], list[str]]:
     """What differs between the shards of a split and its input, and notes on rows left out.
 
@@ -79,9 +82,9 @@ def compare_with_input(
     manifest = split.manifest
     assert manifest is not None  # `find_inputs` refuses a split without one
     names = manifest.class_names
-    stated = source.parts[0].columns.class_names
+    stated = source.class_names
     if stated and (difference := class_difference(names, stated)):
-        what = f"its class names are not those of {source.parts[0].path}: {difference}"
+        what = f"its class names are not those of {source.where}: {difference}"
         return [Problem(split.manifest_path, what)], []
     left_out = [row for row in _rows_left_out(split) if row in range(source.num_rows)]
 
@@ -92,7 +95,13 @@ def compare_with_input(
 
     edges = unit_edges(source)
     rows = [
-        DigestRows(source, names, start, stop, frozenset(r for r in left_out if start <= r < stop))
+        DigestRows(
+            source.part(start, stop),
+            names,
+            start,
+            stop,
+            frozenset(row for row in left_out if start <= row < stop),
+        )
         for start, stop in zip(edges, edges[1:])
     ]
     progress = Progress(f"{split.name}: input", total=source.num_rows, quiet=quiet)
@@ -103,7 +112,7 @@ def compare_with_input(
 
     problems = shorten(
         [
-            Problem(str(_listing(split)), f"leaves out {_where(source, row)}, which is usable")
+            Problem(str(_listing(split)), f"leaves out {source.place(row)}, which is usable")
             for row in usable
         ]
     )
@@ -112,7 +121,7 @@ def compare_with_input(
         problems += shorten(list(_differences(path, digests, expected, seen, source)))
     missing = np.setdiff1d(np.flatnonzero(seen == 0), left_out)
     if len(missing):
-        first = _where(source, missing[0])
+        first = source.place(int(missing[0]))
         what = f"{len(missing):,} rows of the input are in no shard, the first is {first}"
         problems.append(Problem(split.manifest_path, what))
     notes = [f"{len(left_out):,} unusable rows were left out: {_listing(split)}"] * bool(left_out)
@@ -120,7 +129,7 @@ def compare_with_input(
 
 
 def _differences(
-    path: str, digests: np.ndarray, expected: np.ndarray, seen: np.ndarray, source: ParquetSplit
+    path: str, digests: np.ndarray, expected: np.ndarray, seen: np.ndarray, source: SourceSplit
 ) -> Iterator[Problem]:
     """Compare one shard's samples with their rows; counts them in `seen`."""
     for row, image, label in digests.tolist():
@@ -133,15 +142,10 @@ def _differences(
         if seen[row] > 1:
             yield Problem(path, f"{key}: comes {seen[row]} times")
         if image != expected["image"][row]:
-            yield Problem(path, f"{key}: its image is not that of {_where(source, row)}")
+            yield Problem(path, f"{key}: its image is not that of {source.place(row)}")
         if label != expected["label"][row]:
             stated = expected["label"][row]
-            yield Problem(path, f"{key}: label {label}, but {stated} in {_where(source, row)}")
-
-
-def _where(source: ParquetSplit, row: int) -> str:
-    path, row_in_file = source.locate(int(row))
-    return f"row {row_in_file} of {Path(path).name}"
+            yield Problem(path, f"{key}: label {label}, but {stated} in {source.place(row)}")
 
 
 def _listing(split: ShardSplit) -> Path:
@@ -189,7 +193,7 @@ def digest_image(data: bytes | memoryview) -> int:
 class DigestRows:
     """A range of the input's rows that are to be digested; `left_out` are to be checked."""
 
-    source: ParquetSplit
+    source: SourceSplit
     class_names: tuple[str, ...]
     start: int
     stop: int
@@ -201,19 +205,22 @@ def digest_rows(
 ) -> tuple[np.ndarray, list[int]]:
     """Row, image digest and label of each row, DIGEST, and the rows left out that are usable."""
     digests, usable = [], []
-    for batch in read_rows(task.source, task.class_names, task.start, task.stop):
-        rows = range(batch.first_row, batch.first_row + len(batch.images))
-        for row, image, label in zip(rows, batch.images, batch.labels.tolist()):
-            digests.append((row, digest_image(image or b""), label))
-            if row in task.left_out and _is_usable(image, label):
+    for batch in task.source.rows(task.start, task.stop):
+        num_bytes = 0
+        labels = label_numbers(batch.labels, task.class_names).tolist()
+        for row, (image, label) in enumerate(zip(batch.images, labels), start=batch.first_row):
+            data = b"" if isinstance(image, DataError) else image
+            num_bytes += len(data)
+            digests.append((row, digest_image(data), label))
+            if row in task.left_out and _is_usable(data, label):
                 usable.append(row)
-        count(len(batch.images), sum(len(image or b"") for image in batch.images))
+        count(len(batch.images), num_bytes)
     return np.array(digests, dtype=DIGEST), usable
 
 
-def _is_usable(image: memoryview | None, label: int) -> bool:
+def _is_usable(image: bytes | memoryview, label: int) -> bool:
     try:
-        decode_rgb(bytes(image or b""))
+        decode_rgb(bytes(image))
     except DataError:
         return False
     return label != UNLABELLED

@@ -17,7 +17,7 @@ from wds_convnext.check.sheet import draw_sheet
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
 from wds_convnext.check.survey import Survey, survey_shards
 from wds_convnext.config import InspectConfig
-from wds_convnext.conversion.sources import find_splits
+from wds_convnext.conversion.sources.parquet_files import find_splits
 from wds_convnext.errors import ShardError, UsageError, printable
 from wds_convnext.pool import Workers
 from wds_convnext.shards.dataset import Dataset

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from wds_convnext.conversion.columns import find_columns
-from wds_convnext.conversion.parquet import UNREADABLE, unreadable
+from wds_convnext.conversion.sources.columns import find_columns
+from wds_convnext.conversion.sources.parquet_part import UNREADABLE, unreadable
 from wds_convnext.errors import UsageError, printable
 
 

@@ -1,4 +1,4 @@
-"""Whether shards are what their manifest says, and hold what their parquet input holds.
+"""Whether shards are what their manifest says, and hold what their input holds.
 
 A tar file carries no checksum over its data, so nothing else would notice a flipped bit. What is
 found is listed and does not stop the search; the report is empty only if everything fits.
@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from wds_convnext.check.against import compare_with_input, find_inputs, splits_without_shards
+from wds_convnext.check.against import compare_with_input, open_inputs, splits_without_shards
 from wds_convnext.check.problems import Problem
 from wds_convnext.check.shard import CheckShard, ShardFindings, check_shard
 from wds_convnext.check.splits import (
@@ -19,7 +19,8 @@ from wds_convnext.check.splits import (
     find_shard_splits,
 )
 from wds_convnext.config import VerifyConfig
-from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.conversion.opening import find_openers
+from wds_convnext.conversion.source import SourceSplit
 from wds_convnext.errors import printable
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -101,7 +102,8 @@ def verify(
     config = VerifyConfig.of(config, options)
     against = config.against
     splits = find_shard_splits(spec)
-    inputs = find_inputs(against, splits) if against else {}
+    openers = find_openers(against) if against else {}
+    inputs = open_inputs(against, openers, splits) if against else {}
     with Workers(config.jobs) as workers:
         verdicts = [
             _verify_split(
@@ -110,7 +112,7 @@ def verify(
             for split in splits
         ]
     if against and os.path.isdir(spec):
-        for name, num_rows in splits_without_shards(against, splits).items():
+        for name, num_rows in splits_without_shards(openers, splits).items():
             problem = Problem(
                 os.path.join(spec, f"{name}.json"),
                 f"missing, and {against} has {num_rows:,} rows of this split",
@@ -120,7 +122,7 @@ def verify(
 
 
 def _verify_split(
-    split: ShardSplit, source: ParquetSplit | None, *, deep: bool, workers: Workers, quiet: bool
+    split: ShardSplit, source: SourceSplit | None, *, deep: bool, workers: Workers, quiet: bool
 ) -> SplitVerdict:
     problems, notes = _compare_listing(split)
     tasks = [_task(split, path, deep) for path in _checkable(split)]

@@ -20,16 +20,18 @@ from wds_convnext.options import GroupedCommand, add_options
     cls=GroupedCommand,
     examples="""
 wds-convnext shards mini-imagenet --out data
+wds-convnext shards photos --out data --num-shards 8
 wds-convnext shards photos.parquet --out data --label-column species --on-bad skip
 """,
 )
 @click.argument("src")
 @add_options(ShardsConfig)
 def shards(src: str, **options: Any) -> None:
-    """Convert parquet files of images to tar shards, with manifest and offsets.
+    """Convert images of any source to tar shards, with manifest and offsets.
 
-    SRC is a folder of files named {split}-00000-of-00013.parquet (every split in it is converted),
-    a glob, or a comma list of files. Running the same command again finishes what was interrupted.
+    SRC is a folder of class folders (photos/cat/1.jpg, or photos/train/cat/1.jpg), or parquet
+    files: a folder of files named {split}-00000-of-00013.parquet, a glob, or a comma list. Every
+    split in it is converted. Running the same command again finishes what was interrupted.
     """
     from wds_convnext.conversion import convert
 

@@ -22,11 +22,14 @@ from wds_convnext.errors import UsageError
 
 @dataclass(frozen=True)
 class ShardsConfig(Config):
-    """How parquet files become tar shards."""
+    """How a source of images becomes tar shards."""
 
     out: str = option("data", "Folder for the shards.", group="Output", is_output=True)
     num_shards: int | None = option(
-        None, "Shards per split. Default: one per input file.", group="Output", type=COUNT
+        None,
+        "Shards per split. Default: one per parquet file; else of about 256 MB.",
+        group="Output",
+        type=COUNT,
     )
     samples_per_shard: int | None = option(
         None, "Most samples per shard.", group="Output", type=COUNT
@@ -88,7 +91,7 @@ class VerifyConfig(Config):
     deep: bool = option(False, "Also decode every image.", group="Checks")
     against: str | None = option(
         None,
-        "The parquet input, as it was given to the conversion: also check that each of its rows "
+        "The input, as it was given to the conversion: also check that each of its rows "
         "is there, once, with the same bytes and label.",
         group="Checks",
     )

@@ -1,7 +1,8 @@
-"""Parquet to tar shards: all splits of a source, checked before the first byte is written."""
+"""Any source of images to tar shards: all splits, checked before the first byte is written."""
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -9,9 +10,9 @@ from typing import Any
 
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
-from wds_convnext.conversion.opening import find_class_names, open_splits
-from wds_convnext.conversion.parquet import ParquetSplit
+from wds_convnext.conversion.opening import Source, find_class_names, open_splits
 from wds_convnext.conversion.report import SplitReport
+from wds_convnext.conversion.source import SourceSplit
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.files import free_bytes
 from wds_convnext.pool import Workers
@@ -45,12 +46,17 @@ class ConversionReport:
 
 
 def convert(
-    source: str, config: ShardsConfig | None = None, *, quiet: bool = False, **options: Any
+    source: str | os.PathLike | SourceSplit | Iterable[SourceSplit],
+    config: ShardsConfig | None = None,
+    *,
+    quiet: bool = False,
+    **options: Any,
 ) -> ConversionReport:
-    """Convert parquet files of images and labels to tar shards, a manifest and sidecars.
+    """Convert images and labels to tar shards, a manifest and sidecars.
 
     Args:
-        source: a folder of parquet files, a glob, or a comma list (see `sources.find_splits`).
+        source: parquet files (a folder, a glob, a comma list), or a folder of class folders; or
+            a source of one's own, a split or several, see `source.SourceSplit`.
         config: what to write where, and how.
         options: fields of `ShardsConfig` by name: `out="data", num_shards=4`.
             By default there is a process per CPU core, so that a script has to call this under
@@ -63,12 +69,7 @@ def convert(
     config = ShardsConfig.of(config, options)
     out = config.out
     try:
-        # In a process that may die: some damaged files make pyarrow end its own.
-        with Workers(config.jobs) as workers:
-            progress = Progress("open", quiet=True)
-            ((splits, left_out, class_names),) = workers.run(
-                _open, [(str(source), config)], progress=progress
-            )
+        splits, left_out, class_names = _opened(source, config)
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
             c
@@ -86,13 +87,25 @@ def convert(
     return ConversionReport(out, tuple(reports), left_out, time.monotonic() - started)
 
 
-def _open(
-    task: tuple[str, ShardsConfig], count: Callable[[int, int], None]
-) -> tuple[list[ParquetSplit], dict[str, str], tuple[str, ...]]:
+Opened = tuple[list[SourceSplit], dict[str, str], tuple[str, ...]]
+
+
+def _opened(source: Any, config: ShardsConfig) -> Opened:
+    if not isinstance(source, str | os.PathLike):
+        return _open((source, config), lambda num, num_bytes: None)
+    # In a process that may die: some damaged files make pyarrow end its own.
+    with Workers(config.jobs) as workers:
+        progress = Progress("open", quiet=True)
+        (opened,) = workers.run(_open, [(os.fspath(source), config)], progress=progress)
+    return opened
+
+
+def _open(task: tuple[Source, ShardsConfig], count: Callable[[int, int], None]) -> Opened:
     """The splits of a source, those left out, and the class names."""
     source, config = task
     splits, left_out = open_splits(source, image=config.image_column, label=config.label_column)
-    names = find_class_names(splits, is_label_named=config.label_column is not None)
+    is_named = config.label_column is not None or not isinstance(source, str)
+    names = find_class_names(splits, is_label_named=is_named)
     return splits, left_out, names
 
 

@@ -18,11 +18,9 @@ import numpy as np
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.layout import (
     TAR_BYTES,
-    dataset_name,
     shard_edges,
     unit_edges,
 )
-from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.conversion.passes import (
     NO_LABEL,
     CollectShard,
@@ -35,6 +33,7 @@ from wds_convnext.conversion.passes import (
 )
 from wds_convnext.conversion.report import SplitReport, kind_of
 from wds_convnext.conversion.scatter import Scatter
+from wds_convnext.conversion.source import SourceSplit
 from wds_convnext.conversion.staging import Staging, read_bad_rows
 from wds_convnext.errors import DataError, sentence
 from wds_convnext.files import write_atomically
@@ -55,7 +54,7 @@ class Conversion:
 
     def __init__(
         self,
-        split: ParquetSplit,
+        split: SourceSplit,
         class_names: tuple[str, ...],
         config: ShardsConfig,
         *,
@@ -77,12 +76,6 @@ class Conversion:
         width = max(3, len(str(num_shards - 1)))
         return [f"{self.split.name}-{i:0{width}d}" for i in range(num_shards)]
 
-    @property
-    def columns(self) -> tuple[str, str]:
-        """The columns of images and of labels."""
-        columns = self.split.parts[0].columns
-        return columns.image, columns.label
-
     def run(self) -> SplitReport:
         """Write the shards, beginning where an earlier run has stopped."""
         files = [name + extension for name in self.names for extension in (".tar", ".idx")]
@@ -101,7 +94,13 @@ class Conversion:
             self.staging.close()
         skipped = Counter(kind_of(reason) for _, reason in self.bad)
         return SplitReport(
-            self.split.name, shards, self.class_names, self.columns, self.survey, skipped
+            self.split.name,
+            shards,
+            self.class_names,
+            self.split.columns,
+            self.survey,
+            skipped,
+            self.split.notes,
         )
 
     def report_complete(self) -> SplitReport:
@@ -116,8 +115,9 @@ class Conversion:
             self.split.name,
             manifest.shards,
             manifest.class_names,
-            self.columns,
+            self.split.columns,
             skipped=skipped,
+            notes=self.split.notes,
             already_complete=True,
         )
 
@@ -135,7 +135,7 @@ class Conversion:
             "source_digest": self.split.digest,
             "class_digest": f"{derive_key(*self.class_names):016x}",
             "format_version": FORMAT_VERSION,
-            "columns": list(self.columns),
+            "columns": list(self.split.columns),
             "num_shards": len(self.edges) - 1,
             "edges": None if self.config.shuffle else self.edges,
             "shuffle": self.config.shuffle,
@@ -188,9 +188,8 @@ class Conversion:
         return np.array([record["class_counts"] for record in records], dtype=np.int64)
 
     def _rows(self, start: int, stop: int, excluded: frozenset = frozenset()) -> Rows:
-        return Rows(
-            self.split, self.class_names, start, stop, self.config.check == "decode", excluded
-        )
+        split = self.split.part(start, stop)
+        return Rows(split, self.class_names, start, stop, self.config.check == "decode", excluded)
 
     def _shard_paths(self, name: str) -> tuple[str, str, str]:
         staged = self.staging.staged
@@ -215,28 +214,30 @@ class Conversion:
         self.bad.sort()
         lines = []
         for row, reason in self.bad:
-            path, row_in_file = self.split.locate(row)
-            place = {"row": row, "file": Path(path).name, "row_in_file": row_in_file}
+            file, row_in_file = self.split.locate(row)
+            place = {"row": row, "file": file}
+            if row_in_file is not None:
+                place["row_in_file"] = row_in_file
             lines.append(json.dumps(place | {"reason": reason}) + "\n")
         listing = self.staging.staged(self.staging.bad_rows_name)
         write_atomically(listing, "".join(lines).encode())
         if self.config.on_bad != "skip" or len(self.bad) == self.split.num_rows:
-            first = json.loads(lines[0])
+            row, reason = self.bad[0]
             raise DataError(
                 f"{self.split.name}: {len(self.bad):,} of {self.split.num_rows:,} rows are "
-                f"unusable, the first is row {first['row_in_file']} of {first['file']}: "
-                f"{sentence(first['reason'])} All are listed in {listing}. "
+                f"unusable, the first is {self.split.place(row)}: "
+                f"{sentence(reason)} All are listed in {listing}. "
                 "Fix them, or leave them out with --on-bad skip."
             )
 
     def _publish(self, shards: tuple[Shard, ...], files: list[str]) -> None:
         write_atomically(self.staging.staged(self.staging.index_name), self._index(shards))
         manifest = Dataset(
-            name=dataset_name(self.split),
+            name=self.split.dataset,
             split=self.split.name,
             shards=shards,
             class_names=self.class_names,
-            source=tuple(Path(part.path).name for part in self.split.parts),
+            source=tuple(Path(file).name for file in self.split.files),
             options=self.identity,
         )
         extra = [self.staging.bad_rows_name] if self.bad else []

@@ -1,50 +1,100 @@
-"""The splits of a source that can be converted, and the class names that they share."""
+"""Of what kind a source is, its splits that can be converted, and the class names they share."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wds_convnext.conversion.columns import NoLabelColumn
-from wds_convnext.conversion.parquet import ParquetSplit, open_split
-from wds_convnext.conversion.rows import read_labels
-from wds_convnext.conversion.sources import find_splits
-from wds_convnext.errors import DataError, UsageError
+from wds_convnext.conversion.source import NoLabels, Opener, SourceSplit, as_array
+from wds_convnext.conversion.sources import folder, parquet
+from wds_convnext.door import read_head
+from wds_convnext.errors import DataError, UsageError, listing
 from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.naming import purpose
+from wds_convnext.shards.sniff import sniff
+
+# Each takes a source and gives its splits, or None if the source is not of its kind.
+KINDS: tuple[Callable[[str], dict[str, Opener] | None], ...] = (parquet.find, folder.find)
+ACCEPTED = "parquet files of images and labels, or a folder of class folders"
+
+Source = str | SourceSplit | Iterable[SourceSplit]
 
 _MAX_CLASSES = 1_000_000
 _FEW_CLASSES = 8  # of so few, each may well have one row
 
 
+def find_openers(source: Source) -> dict[str, Opener]:
+    """The splits of a source by name, of whatever kind it is; nothing of them is read yet.
+
+    Raises:
+        UsageError: if the source is of no kind that is read.
+    """
+    if isinstance(source, SourceSplit):
+        source = [source]
+    if not isinstance(source, str):
+        return {split.name: _opener_of(split) for split in source}
+    for find in KINDS:
+        if openers := find(source):
+            return openers
+    raise UsageError(f"{source}: {_found(source)}. Expected {ACCEPTED}.")
+
+
+def _opener_of(split: SourceSplit) -> Opener:
+    def open_split(**_: Any) -> SourceSplit:
+        return split
+
+    return open_split
+
+
+def _found(source: str) -> str:
+    """What stands in place of a source, in words."""
+    if os.path.isdir(source):
+        files = [name for _, _, names in os.walk(source) for name in names]
+        kinds = Counter(os.path.splitext(name)[1].lower() or "no suffix" for name in files)
+        held = listing((f"{kind} {num:,}" for kind, num in kinds.most_common()), limit=5)
+        return f"a folder of {len(files):,} files ({held})" if files else "an empty folder"
+    if os.path.isfile(source):
+        known = sniff(read_head(source, 64))
+        return f"{known[0]}" if known else "a file of a kind that is not read"
+    return "there is no such file or folder"
+
+
 def open_splits(
-    source: str, *, image: str | None = None, label: str | None = None
-) -> tuple[list[ParquetSplit], dict[str, str]]:
+    source: Source | dict[str, Opener], *, image: str | None = None, label: str | None = None
+) -> tuple[list[SourceSplit], dict[str, str]]:
     """The splits of a source, and by name why others are left out: no rows, or no labels.
 
     Raises:
-        UsageError: as `find_splits` and `find_columns`; also if the training split has no labels.
+        UsageError: as `find_openers` and `find_columns`; also if the training split has no labels.
         DataError: if a file is damaged, or no split has a labelled row.
     """
     splits, left_out, first_refusal = [], {}, None
-    for name, paths in find_splits(source).items():
+    openers = source if isinstance(source, dict) else find_openers(source)
+    for name, open_split in openers.items():
         try:
-            split = open_split(name, paths, image=image, label=label)
-        except NoLabelColumn as error:
+            split = open_split(image=image, label=label)
+        except NoLabels as error:
             if purpose(name) == "train":
                 raise
             first_refusal = first_refusal or error
-            left_out[name] = f"it has no label column{f' {label}' if label else ''}"
+            left_out[name] = error.reason
             continue
         if split.num_rows == 0:
             left_out[name] = "it has no rows"
         elif _is_labelled(split):
             splits.append(split)
         else:
-            column = split.parts[0].columns.label
             left_out[name] = (
-                f"none of its {split.num_rows:,} rows has a label (column {column}: null or -1)"
+                f"none of its {split.num_rows:,} rows has a label "
+                f"(column {split.columns[1]}: null or -1)"
             )
             if purpose(name) == "train":
-                raise DataError(f"{paths[0]}: the split {name} cannot be used: {left_out[name]}.")
+                raise DataError(
+                    f"{split.where}: the split {name} cannot be used: {left_out[name]}."
+                )
     if not splits and first_refusal:
         raise first_refusal
     if not splits:
@@ -53,18 +103,16 @@ def open_splits(
     return splits, left_out
 
 
-def _is_labelled(split: ParquetSplit) -> bool:
+def _is_labelled(split: SourceSplit) -> bool:
     """Whether any row has a label; in most splits the first batch shows it."""
-    for labels in read_labels(split, 0, split.num_rows):
-        known = labels.drop_null()
+    for labels in split.labels(0, split.num_rows):
+        known = as_array(labels).drop_null()
         if len(known) and not (pa.types.is_integer(known.type) and pc.max(known).as_py() < 0):
             return True
     return False
 
 
-def find_class_names(
-    splits: list[ParquetSplit], *, is_label_named: bool = False
-) -> tuple[str, ...]:
+def find_class_names(splits: list[SourceSplit], *, is_label_named: bool = False) -> tuple[str, ...]:
     """The class names that the splits share: as their metadata states, else from the labels.
 
     Labels without names are `0 … highest` if integers, and their sorted values if strings.
@@ -76,21 +124,21 @@ def find_class_names(
         DataError: if the splits' names differ, or labels cannot be class numbers.
         UsageError: if the label column may be no label.
     """
-    parts = [part for split in splits for part in split.parts]
-    for part in parts:
-        names, others = parts[0].columns.class_names or (), part.columns.class_names or ()
+    first = splits[0]
+    for split in splits:
+        names, others = first.class_names or (), split.class_names or ()
         if difference := class_difference(names, others):
             raise DataError(
-                f"{parts[0].path} and {part.path}: their class names differ: {difference}. "
+                f"{first.where} and {split.where}: their class names differ: {difference}. "
                 "Convert them into separate folders."
             )
-    if parts[0].columns.class_names:
-        return parts[0].columns.class_names
-    column = f"{parts[0].path}, column {parts[0].columns.label}"
+    if first.class_names:
+        return first.class_names
+    column = f"{first.where}, column {first.columns[1]}"
     values = set()
     for split in splits:
-        for labels in read_labels(split, 0, split.num_rows):
-            values.update(pc.unique(labels).to_pylist())
+        for labels in split.labels(0, split.num_rows):
+            values.update(pc.unique(as_array(labels)).to_pylist())
     values.discard(None)
     if len({isinstance(value, str) for value in values}) > 1:
         raise DataError("labels are integers in some splits and strings in others. Name one kind.")

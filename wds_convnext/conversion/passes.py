@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wds_convnext.conversion.parquet import ParquetSplit
 from wds_convnext.conversion.records import recorded
-from wds_convnext.conversion.rows import UNLABELLED, label_numbers, read_labels, read_rows
 from wds_convnext.conversion.scatter import Scatter, ranks_in_class
+from wds_convnext.conversion.source import UNLABELLED, SourceSplit, label_numbers
 from wds_convnext.conversion.spill import SpillWriter, read_spilled
 from wds_convnext.conversion.tarwriter import ShardWriter
 from wds_convnext.errors import DataError
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.image import ImageSurvey, inspect_image
 
-NO_IMAGE = "its image is null"
-NO_BYTES = "its image is null, or a path without bytes: write the files' bytes into the column"
 NO_LABEL = "its label is null or not a class"
 Count = Callable[[int, int], None]
 
@@ -28,7 +25,7 @@ Count = Callable[[int, int], None]
 class Rows:
     """Rows [start, stop) of a split, without the excluded ones."""
 
-    split: ParquetSplit
+    split: SourceSplit
     class_names: tuple[str, ...]
     start: int
     stop: int
@@ -49,19 +46,17 @@ class Findings:
 
 def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]:
     """Row number, image, label and extension of each usable row; the others go to `findings`."""
-    columns = rows.split.parts[0].columns
-    for batch in read_rows(rows.split, rows.class_names, rows.start, rows.stop):
+    for batch in rows.split.rows(rows.start, rows.stop):
         num_bytes = 0
-        for row, (image, label) in enumerate(
-            zip(batch.images, batch.labels.tolist()), start=batch.first_row
-        ):
+        labels = label_numbers(batch.labels, rows.class_names).tolist()
+        for row, (image, label) in enumerate(zip(batch.images, labels), start=batch.first_row):
             if row in rows.excluded:
                 continue
             try:
                 if label == UNLABELLED:
                     raise DataError(NO_LABEL)
-                if image is None:
-                    raise DataError(NO_BYTES if columns.image_is_struct else NO_IMAGE)
+                if isinstance(image, DataError):
+                    raise image
                 facts = inspect_image(image)
                 if rows.decode:
                     decode_rgb(bytes(image))  # as training will
@@ -107,8 +102,8 @@ class CountLabels:
 
 def usable_labels(rows: Rows) -> np.ndarray:
     """The class number of each row, int64; UNLABELLED where it is unusable or excluded."""
-    columns = read_labels(rows.split, rows.start, rows.stop)
-    labels = np.concatenate([label_numbers(column, rows.class_names) for column in columns])
+    chunks = rows.split.labels(rows.start, rows.stop)
+    labels = np.concatenate([label_numbers(chunk, rows.class_names) for chunk in chunks])
     labels[[row - rows.start for row in rows.excluded if rows.start <= row < rows.stop]] = (
         UNLABELLED
     )

@@ -19,6 +19,7 @@ class SplitReport:
     columns: tuple[str, str]  # of images, of labels
     survey: ImageSurvey = field(default_factory=ImageSurvey)
     skipped: Counter = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()  # on the input
     already_complete: bool = False
 
     @property
@@ -47,6 +48,7 @@ class SplitReport:
         lines = [columns] + [f"  {name}: {_counts(counter)}" for name, counter in found if counter]
         if self.survey.formats:
             lines.insert(3, f"  sizes: {self.survey.describe_sizes()}")
+        lines += [f"  {note}" for note in self.notes]
         return [printable(line, limit=2000) for line in (head, *lines)]
 
 

@@ -36,6 +36,14 @@ _BRANDS = {
 }
 
 
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
+
+
+def begins_as_image(head: bytes) -> bool:
+    """Whether bytes begin as a JPEG, PNG, GIF, BMP or WebP image does; 12 bytes decide."""
+    return head.startswith(_IMAGES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
 def sniff(head: bytes | memoryview) -> tuple[str, str] | None:
     """What a file of another kind is, and what to do about it; None if the bytes say nothing.
 

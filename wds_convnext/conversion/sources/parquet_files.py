@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from wds_convnext.door import read_head
 from wds_convnext.errors import UsageError, listing
 from wds_convnext.shards.naming import find_files, missing_siblings, parse_numbered
 
@@ -38,11 +39,27 @@ def find_splits(source: str) -> dict[str, list[str]]:
     return splits
 
 
+def names_parquet(source: str) -> bool:
+    """Whether a source, or a part of a comma list, names parquet files."""
+    parts = [source] if os.path.exists(source) else source.split(",")
+    for part in map(str.strip, parts):
+        if os.path.isfile(part) and read_head(part, 4) == b"PAR1":
+            return True
+        if next(_parquet_files(part), None):
+            return True
+    return False
+
+
+def _parquet_files(part: str) -> Iterator[str]:
+    """The parquet files in a folder, or those that a name or a glob means."""
+    paths = _walk(part) if os.path.isdir(part) else find_files(part)
+    return (p for p in paths if p.endswith(".parquet") and _is_open(os.path.basename(p)))
+
+
 def _expand(part: str) -> list[str]:
     if os.path.isfile(part):
         return [part]
-    found = _walk(part) if os.path.isdir(part) else find_files(part)
-    found = [p for p in found if p.endswith(".parquet") and _is_open(os.path.basename(p))]
+    found = list(_parquet_files(part))
     if not found:
         raise UsageError(f"{part}: no parquet files. Name a folder that holds some, or the files.")
     return sorted(found)

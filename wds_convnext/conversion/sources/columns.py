@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from wds_convnext.conversion.source import NoLabels
 from wds_convnext.door import parse_json
 from wds_convnext.errors import UsageError, did_you_mean
 
@@ -20,10 +21,6 @@ _LABEL_NAMES = (
     *("label", "labels", "class", "target", "cls", "fine_label", "category", "y"),
     *("label_id", "class_id", "class_label", "label_idx", "class_idx", "class_name", "label_name"),
 )
-
-
-class NoLabelColumn(UsageError):
-    """A file has no column of labels; the test split of a benchmark often has none."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def find_columns(
 
     Raises:
         UsageError: if a named column is missing or of another type, or none or several fit.
-        NoLabelColumn: if that is so of the label only.
+        NoLabels: if that is so of the label only.
     """
     features = _features(schema)
     images = [f.name for f in schema if _holds_images(f.type)]
@@ -68,7 +65,7 @@ def find_columns(
         labels, features, "ClassLabel", _LABEL_NAMES
     )
     if label is None:
-        raise NoLabelColumn(_refusal(path, schema, "label", labels))
+        raise NoLabels(_refusal(path, schema, "label", labels), reason="it has no label column")
     for name in (image, label):
         if schema.names.count(name) > 1:
             raise UsageError(f"{path}: there are several columns {name}; {_listed(schema)}.")
@@ -121,7 +118,9 @@ def _named(
     found = "is not of a type for it" if named in schema.names else "is not there"
     hint = did_you_mean(named, fitting)
     text = f"{path}: --{role}-column {named} {found}; {_listed(schema)}.{hint}"
-    raise (NoLabelColumn if role == "label" else UsageError)(text)
+    if role == "label":
+        raise NoLabels(text, reason=f"it has no label column {named}")
+    raise UsageError(text)
 
 
 def _found(

@@ -1,0 +1,1 @@
+"""The kinds of sources that a conversion reads, a file or a few each."""
