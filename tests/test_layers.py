@@ -8,7 +8,7 @@ import pytest
 import wds_convnext
 
 ROOT = Path(wds_convnext.__file__).parent
-LAYERS = ["shards", "stream", "training", "conversion", "check"]
+LAYERS = ["storage", "shards", "stream", "training", "conversion", "check"]
 ABOVE_ALL = {"cli", "commands", "__main__", "__init__"}  # may import everything
 
 

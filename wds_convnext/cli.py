@@ -33,6 +33,7 @@ for command in (
     data.inspect,
     data.bench,
     data.index,
+    data.cache,
 ):
     commands.add_command(command)
 

@@ -8,6 +8,7 @@ import click
 
 from wds_convnext.config import (
     BenchConfig,
+    CacheConfig,
     IndexConfig,
     InspectConfig,
     ShardsConfig,
@@ -129,3 +130,26 @@ def index(shards: str, **options: Any) -> None:
     config = IndexConfig(**options)
     report = index_shards(shards, config)
     click.echo(json.dumps(report.to_json()) if config.json else report)
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext cache 'data/train-<0000..1023>.tar' --cache-size 50GB
+wds-convnext cache data/train.json --ranks 64 --nodes 8 --shuffle-buffer 10000
+""",
+)
+@click.argument("shards")
+@add_options(CacheConfig)
+def cache(shards: str, **options: Any) -> None:
+    """Say what a cache of remote shards would have to hold, and what would be fetched.
+
+    SHARDS is as for training. The order of a training is arithmetic, so all of it is known
+    beforehand: how large the cache has to be, what the first batch waits for, and what each epoch
+    fetches, next to what an LRU cache would.
+    """
+    from wds_convnext.check.cache import plan_cache
+
+    config = CacheConfig(**options)
+    report = plan_cache(shards, config)
+    click.echo(json.dumps(report.to_json()) if config.json else "\n".join(report.lines()))

@@ -2,6 +2,7 @@
 
 from wds_convnext.config.data import (
     BenchConfig,
+    CacheConfig,
     IndexConfig,
     InspectConfig,
     ShardsConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "REFERENCE_LR",
     "BenchConfig",
     "ByteSize",
+    "CacheConfig",
     "Config",
     "DoctorConfig",
     "EvalConfig",

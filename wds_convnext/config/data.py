@@ -176,3 +176,48 @@ class BenchConfig(Config):
         type=POSITIVE,
     )
     json: bool = option(False, "Print one JSON object.", group="Output")
+
+
+@dataclass(frozen=True)
+class CacheConfig(Config):
+    """The training whose cache `wds-convnext cache` computes."""
+
+    cache_size: int | None = option(
+        None,
+        "Bytes that remote shards may take on the disk: 50GB. Default: what the run needs at one "
+        "time, half of the shards, and all of them.",
+        group="Cache",
+        type=ByteSize(),
+    )
+    val_shards: str | None = option(
+        None,
+        "Validation shards. Default: those next to the training shards, as for train.",
+        group="Training",
+    )
+    batch_size: int = option(160, "Samples per batch and process.", group="Training", type=COUNT)
+    accumulate: int = option(1, "Batches per optimizer step.", group="Training", type=COUNT)
+    ranks: int = option(1, "Processes of the training.", group="Training", type=COUNT)
+    nodes: int = option(
+        1, "Machines that they run on, each with a cache of its own.", group="Training", type=COUNT
+    )
+    shuffle_buffer: int = option(
+        100_000, "Samples shuffled together.", group="Training", type=COUNT
+    )
+    seed: int = option(0, "Seed of the order.", group="Training", type=SEED)
+    epochs: int = option(4, "Epochs to look at.", group="Training", type=COUNT)
+    val_every: int = option(10, "Epochs between validations.", group="Training", type=COUNT)
+    workers: int | None = option(
+        None,
+        "Loader processes of each rank; they read ahead. Default: as for train.",
+        group="Training",
+        type=WORKERS,
+    )
+    json: bool = option(False, "Print one JSON object.", group="Output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks % self.nodes:
+            raise UsageError(
+                f"--ranks {self.ranks}: not the same number on each of --nodes {self.nodes}. "
+                "Give a multiple of it."
+            )

@@ -39,6 +39,18 @@ class SampleRefs(NamedTuple):
         return SampleRefs(*(column[index] for column in self))
 
 
+class Pieces(NamedTuple):
+    """Parts of shards, each within one lane, and between which positions their samples stand.
+
+    int64 arrays of one length; `last` is inclusive, and a bound: of shards and windows.
+    """
+
+    shard: np.ndarray
+    lane: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class TrainOrder:
     """The endless order of a training run.
@@ -103,6 +115,12 @@ class TrainOrder:
             ],
             dtype=np.int64,
         )
+
+    def pieces_of(self, epoch: int) -> "Pieces":
+        """Where in the stream the samples of each shard may stand, in O(shards and lanes)."""
+        shard, lane, first, last = _cached_epoch(self, epoch).pieces()
+        start = epoch * self.num_samples
+        return Pieces(shard, lane, start + first, start + last)
 
     def place_in_batch(self, position: int) -> int:
         """At which place of its step's global batch a position of the stream comes."""
@@ -192,15 +210,16 @@ def _cached_global_batch(order: TrainOrder, step: int) -> SampleRefs:
 def _cached_epoch(order: TrainOrder, epoch: int) -> "_Uniform | _Windowed":
     key = derive_key(order.seed, "epoch", epoch)
     if order.shuffle_buffer >= order.num_samples:
-        return _Uniform(order.num_samples, key)
+        return _Uniform(order.sizes, key)
     return _Windowed(order.sizes, order.shuffle_buffer, order.num_lanes, key)
 
 
 class _Uniform:
     """One permutation of all samples; a single lane."""
 
-    def __init__(self, num_samples: int, key: int):
-        self.num_samples, self.key = num_samples, key
+    def __init__(self, sizes: np.ndarray, key: int):
+        self.num_samples, self.key = int(np.sum(sizes)), key
+        self.shards = np.flatnonzero(sizes)  # those that hold samples
 
     def __call__(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return permute(offsets, self.num_samples, self.key), np.zeros_like(offsets)
@@ -208,6 +227,11 @@ class _Uniform:
     def offsets_of(self, numbers: np.ndarray) -> np.ndarray:
         """The offsets at which samples stand."""
         return permute(numbers, self.num_samples, self.key, inverse=True)
+
+    def pieces(self) -> Pieces:
+        """Offsets of shards: all of the epoch."""
+        none = np.zeros_like(self.shards)
+        return Pieces(self.shards, none, none, none + self.num_samples - 1)
 
 
 class _Windowed:
@@ -248,6 +272,24 @@ class _Windowed:
         for shift in reversed(self.shifts):
             index = self._shuffle(index, lane, shift=shift, inverse=True)
         return index * self.num_lanes + lane
+
+    def pieces(self) -> Pieces:
+        """Between which offsets the samples of each shard stand: by lane, as wide as windows."""
+        length, longer = divmod(self.num_samples, self.num_lanes)
+        lanes = np.arange(self.num_lanes + 1)
+        lane_starts = lanes * length + np.minimum(lanes, longer)
+        cuts = np.unique(np.concatenate([self.laid_starts, lane_starts]))
+        laid_at, ends = cuts[:-1], cuts[1:]
+        shard = np.searchsorted(self.laid_starts, laid_at, side="right") - 1
+        lane = np.searchsorted(lane_starts, laid_at, side="right") - 1
+        first, last = laid_at - lane_starts[lane], ends - 1 - lane_starts[lane]
+        lane_length = length + (lane < longer)
+        for shift in reversed(self.shifts):  # as in `offsets_of`: a sample stays in its window
+            first = np.maximum((first + shift) // self.window * self.window - shift, 0)
+            last = ((last + shift) // self.window + 1) * self.window - shift - 1
+            last = np.minimum(last, lane_length - 1)
+        offsets = (index * self.num_lanes + lane for index in (first, last))
+        return Pieces(self.shard_order[shard], lane, *offsets)
 
     def _shuffle(
         self, index: np.ndarray, lane: np.ndarray, *, shift: int, inverse: bool = False

@@ -72,6 +72,11 @@ def num_workers(asked_for: int | None, *, ranks: int = 1) -> int:
     return asked_for
 
 
+def batches_ahead(workers: int) -> int:
+    """How many batches a loader may have begun beyond those that it has handed over."""
+    return max(1, workers) * (NUM_SLOTS + 1)  # of the next ones the bytes are asked for
+
+
 class Slots:
     """NUM_SLOTS image batches per worker, like one that is given, channels_last.
 

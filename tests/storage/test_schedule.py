@@ -1,0 +1,98 @@
+"""The plan is a pure function, and what it fetches is the optimum."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wds_convnext.storage.schedule import NEVER, NextUses, Plan, simulate
+
+
+@st.composite
+def plans(draw):
+    """A plan of up to 5 objects and 8 uses."""
+    uses = draw(
+        st.lists(
+            st.tuples(st.integers(0, 4), st.integers(0, 12), st.integers(0, 3)),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    number, first, length = (np.array(column) for column in zip(*uses))
+    return Plan.of(number, first, first + length)
+
+
+def in_use(plan, time):
+    return set(plan.object[(plan.first <= time) & (time <= plan.last)].tolist())
+
+
+def fewest_fetches(plan, num_slots):
+    """The fewest objects that any policy can fetch: all choices are tried."""
+    costs = {frozenset(): 0}
+    for use in np.argsort(plan.first, kind="stable"):
+        number, time = int(plan.object[use]), plan.first[use]
+        begun = plan.first <= time  # those of the same time that come later are not needed yet
+        begun[use + 1 :] &= plan.first[use + 1 :] < time
+        live = {n for n in in_use(plan, time) if n in set(plan.object[begun].tolist())} | {number}
+        after = {}
+        for held, cost in costs.items():
+            cost += number not in held
+            held = held | {number}
+            choices = [held] if len(held) <= num_slots else [held - {n} for n in held - live]
+            for choice in choices:
+                after[choice] = min(cost, after.get(choice, cost))
+        costs = after
+    return min(costs.values())
+
+
+@given(plans(), st.integers(1, 5))
+def test_no_policy_fetches_less_for_equal_sizes(plan, num_slots):
+    """Furthest next use fetches as little as the best of all choices."""
+    sizes = np.full(5, 10)
+    if plan.peak_bytes(sizes) > 10 * num_slots:
+        with pytest.raises(ValueError, match="in use"):
+            simulate(plan, sizes, 10 * num_slots)
+        return
+
+    fetched = simulate(plan, sizes, 10 * num_slots)
+
+    assert fetched.sum() == fewest_fetches(plan, num_slots)
+
+
+@given(plans(), st.integers(0, 3), st.lists(st.integers(1, 9), min_size=5, max_size=5))
+def test_the_live_set_is_the_most_that_is_needed_at_one_time(plan, ahead, sizes):
+    sizes = np.array(sizes)
+
+    peak = plan.peak_bytes(sizes, ahead=ahead)
+
+    needed = [
+        sizes[
+            list(set().union(*(in_use(plan, now) for now in range(time, time + ahead + 1))))
+        ].sum()
+        for time in range(-ahead, 17)
+    ]
+    assert peak >= max(needed)  # more only where one object goes and comes back within `ahead`
+    if ahead == 0:
+        assert peak == max(needed)
+
+
+@given(plans())
+def test_next_uses_are_those_of_the_plan(plan):
+    """At each time: now for what is in use, else the next beginning, else NEVER."""
+    uses = NextUses(plan, 6)
+    for now in range(17):
+        found = uses.at(now)
+
+        for number in range(6):
+            mine = plan.object == number
+            later = plan.first[mine][plan.last[mine] >= now]
+            assert found[number] == (max(now, later.min()) if len(later) else NEVER)
+
+
+def test_an_lru_cache_fetches_more_of_a_cycle():
+    """The cyclic order is LRU's worst: it misses each time, and the furthest next use does not."""
+    plan = Plan.of(np.tile(np.arange(4), 5), 2 * np.arange(20), 2 * np.arange(20))
+    sizes = np.ones(4, np.int64)
+
+    assert simulate(plan, sizes, 3, lru=True).sum() == 20
+    assert simulate(plan, sizes, 3).sum() == 4 + 5  # of 16 later uses about every third

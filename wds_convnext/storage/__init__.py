@@ -1,0 +1,1 @@
+"""Objects of remote stores as local files. It knows nothing of samples, and imports no torch."""
