@@ -348,6 +348,11 @@ def test_a_resume_as_something_else_is_one_line(capsys, finished, option, said):
         (["train", "--shards", "a.tar", "b.tar", "c.tar"], "b.tar, c.tar: 2 arguments too many"),
         (["train", "--shards", "a.tar", "--lr", "-1"], "--lr -1: expected a number > 0"),
         (["verify", "a.tar", "b.tar"], "quote it: 'data/train-{000..012}.tar'"),
+        (["train", "--resume", "gone"], "--resume gone: no such file or folder"),
+        (["train", "--resume"], "runs/: no run here"),
+        (["eval", "gone"], "gone: no such file or folder"),
+        (["eval", "a.tar", "--shards", "nowhere/*.tar"], "there is no folder nowhere"),
+        (["explain", "gone", "--step", "0"], "gone: no such file or folder"),
     ],
 )
 def test_a_typo_is_answered_before_torch_is_imported(args, said, tmp_path):

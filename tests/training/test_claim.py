@@ -14,7 +14,7 @@ from test_train import run_config, tiny_config
 
 from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.training.checkpoint import load_checkpoint
-from wds_convnext.training.claim import best_checkpoint, newest_run
+from wds_convnext.training.runs import best_checkpoint, newest_run
 from wds_convnext.training.train import train
 
 

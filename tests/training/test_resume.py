@@ -150,6 +150,7 @@ def test_a_signal_to_the_group_saves_and_exits_with_75(shards, tmp_path, uninter
     run(command + ["--resume"])
 
     assert process.returncode == 75, output
+    assert output.count(f"Stopping after this batch ({signal.Signals(signum).name})") == 1
     assert status["status"] == "stopped"
     assert status["reason"] == signal.Signals(signum).name
     assert "--resume" in output.splitlines()[-1]

@@ -14,9 +14,11 @@ from conftest import HANG_S, TINY_RUN, run, train_command, wait_until, write_par
 from test_cli import call
 from test_distributed import two_ranks
 from test_resume import assert_same, comparable, start
+from tqdm import tqdm
 
 from wds_convnext.conversion import convert
 from wds_convnext.training.checkpoint import load_checkpoint
+from wds_convnext.training.stopping import StopRequest
 
 LONG = {"--epochs": 2, "--val-every": 1, "--save-every": 1000, "--ema-decay": 0.9, "--log-every": 1}
 
@@ -117,6 +119,24 @@ def test_a_signal_while_waiting_for_data_ends_the_wait(capsys, shards, tmp_path)
     assert load_checkpoint(out / "last.pt")["step"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("signum", "said"),
+    [(signal.SIGINT, "(SIGINT); Ctrl-C again ends"), (signal.SIGTERM, "(SIGTERM); a second one")],
+)
+def test_a_signal_is_acknowledged_at_once(capfd, signum, said):
+    """In one line on stderr, whoever holds a lock; once, and by the main rank alone."""
+    with tqdm.get_lock(), StopRequest() as request:
+        signal.raise_signal(signum)
+        printed = capfd.readouterr()
+    with StopRequest(quiet=True):
+        signal.raise_signal(signum)
+
+    assert request.signal_name == signal.Signals(signum).name
+    assert printed.err.startswith("Stopping after this batch ") and said in printed.err
+    assert printed.err.count("\n") == 1 and len(printed.err) < 80 and printed.out == ""
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_a_signal_during_a_validation_stops_both_ranks(long_validation, tmp_path):
     """SIGTERM to torchrun, which forwards it and kills what is not gone after 30 s."""
@@ -127,6 +147,7 @@ def test_a_signal_during_a_validation_stops_both_ranks(long_validation, tmp_path
     output, _ = process.communicate(timeout=HANG_S)
 
     assert "Stopped by SIGTERM" in output
+    assert output.count("Stopping after this batch (SIGTERM)") == 1
     assert load_checkpoint(out / "last.pt")["owes_validation"]
     assert json.loads((out / "status.json").read_text())["status"] == "stopped"
 

@@ -19,9 +19,9 @@ from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.augment import build_transform
-from wds_convnext.training.claim import RUNS
 from wds_convnext.training.distributed import Machine, join_world
 from wds_convnext.training.model import check_image_size, create_model
+from wds_convnext.training.runs import RUNS
 from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, train_step
 

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from wds_convnext.config import DoctorConfig, EvalConfig, ExplainConfig, TrainConfig
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import UsageError, listing
 from wds_convnext.files import format_json
 from wds_convnext.options import (
     Command,
@@ -105,7 +105,7 @@ def _say_what_is_read(config: TrainConfig) -> None:
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     """What the resumed run's config.toml says for options that nothing else sets."""
-    from wds_convnext.training.claim import resumed_from
+    from wds_convnext.training.runs import resumed_from
 
     folder, _ = resumed_from(options["resume"], options["out"])
     path = folder / "config.toml"
@@ -172,10 +172,19 @@ def evaluate(checkpoints: tuple[str, ...], **options: Any) -> None:
             f"--checkpoint {config.checkpoint}: {checkpoints[0]} is named as well. Name all "
             "checkpoints without the option."
         )
+    from wds_convnext.shards.expand import expand_spec
+    from wds_convnext.training.runs import best_checkpoint
+
+    # Looked for before torch is imported, which takes seconds.
+    named = [str(best_checkpoint(name)) for name in checkpoints or [config.checkpoint]]
+    if config.shards:
+        expand_spec(config.shards, use="validation")
+    if sys.stderr.isatty():
+        warn(f"Evaluating {listing(named)}. Importing torch …")
     from wds_convnext.training.compare import evaluate_checkpoints
     from wds_convnext.training.scores import table
 
-    scores = evaluate_checkpoints(checkpoints or [config.checkpoint], config)
+    scores = evaluate_checkpoints(named, config)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     if config.json:
@@ -206,9 +215,14 @@ def explain(run: str | None, **options: Any) -> None:
     """
     config = ExplainConfig(**options)
     config.require_one()  # before torch is imported, which takes seconds
+    from wds_convnext.training.runs import named_run
+
+    named = named_run(run)
+    if sys.stderr.isatty():
+        warn(f"Looking into {named}. Importing torch …")
     from wds_convnext.check.explain import explain as explain_run
 
-    explanation = explain_run(run, config)
+    explanation = explain_run(str(named), config)
     if config.json:
         click.echo(format_json(explanation.to_json()))
     else:

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.errors import UsageError
 from wds_convnext.training.distributed import World, decided_by_main
 from wds_convnext.training.lock import locked
-from wds_convnext.training.rundir import RunDir, files_of_a_run, load_newest, make_new, unusable
-
-RUNS = Path("runs")
+from wds_convnext.training.rundir import RunDir, load_newest, make_new, unusable
+from wds_convnext.training.runs import RUNS, files_of_a_run, resumed_from
 
 
 @contextlib.contextmanager
@@ -74,48 +73,3 @@ def _refuse_another_run(folder: Path) -> None:
             f"{folder}: already holds a run. Continue it with --resume {folder}, replace it with "
             "--overwrite, or choose another --out."
         )
-
-
-def resumed_from(resume: str, out: str | None) -> tuple[Path, Path | None]:
-    """The run's folder and the checkpoint (None: the newest whole one) that `--resume` means.
-
-    The run may go on elsewhere, in --out; its options are those of this folder.
-    """
-    if resume == "newest":
-        return Path(out) if out else newest_run(), None
-    path = Path(resume)
-    if path.is_dir():
-        return path, None
-    if not path.is_file():
-        raise CheckpointError(f"--resume {resume}: no such file or folder. Give a run's folder.")
-    return path.parent, path
-
-
-def newest_run() -> Path:
-    """The folder under runs/ that a run has written to last."""
-    written = {
-        folder: max(path.stat().st_mtime for path in files)
-        for folder in RUNS.glob("*")
-        if (files := files_of_a_run(folder))
-    }
-    if not written:
-        raise CheckpointError(f"{RUNS}/: no run here. Train one first, or name its folder or file.")
-    return max(written, key=written.__getitem__)
-
-
-def best_checkpoint(named: str | None) -> Path:
-    """The checkpoint file that `eval --checkpoint` means: a file, a run's best.pt, the newest's.
-
-    A run that was not validated has no best.pt: its last.pt is meant.
-    """
-    path = newest_run() if named is None else Path(named)
-    if not path.is_dir():
-        return path
-    for name in ("best.pt", "last.pt"):
-        if (path / name).is_file():
-            return path / name
-    which = "the newest run, " if named is None else ""
-    raise CheckpointError(
-        f"{path}: {which}holds no best.pt and no last.pt. Name one of its .pt files, or another "
-        "run, with --checkpoint."
-    )

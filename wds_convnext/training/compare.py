@@ -20,11 +20,11 @@ from wds_convnext.training.checkpoint import (
     step_and_facts,
     taking_over,
 )
-from wds_convnext.training.claim import best_checkpoint
 from wds_convnext.training.distributed import Machine, join_world, leave_world
 from wds_convnext.training.evaluate import open_evaluation
 from wds_convnext.training.feed import loading
 from wds_convnext.training.model import check_image_size, create_model
+from wds_convnext.training.runs import best_checkpoint
 from wds_convnext.training.scores import EvalResult, Score
 
 

@@ -13,8 +13,8 @@ from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
-from wds_convnext.training.claim import newest_run
 from wds_convnext.training.rundir import load_newest
+from wds_convnext.training.runs import named_run
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_recorded_run(
         UsageError: if the shards are not those that the run was trained on.
         ShardError: if they cannot be opened.
     """
-    path = newest_run() if named is None else Path(named)
+    path = named_run(named)
     if path.is_dir() and not any(path.glob("*.pt")):
         raise CheckpointError(
             f"{path}: holds no checkpoint. Name the folder of a run that has saved one, which "

@@ -27,21 +27,10 @@ from wds_convnext.files import (
 from wds_convnext.options import format_toml
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.distributed import World, decided_by_main
+from wds_convnext.training.runs import files_of_a_run, half_written
 
 if TYPE_CHECKING:
     from wds_convnext.training.run import Run
-
-_WRITTEN_BY_A_RUN = (
-    "config.toml",
-    "metrics.jsonl",
-    "bad_samples.jsonl",
-    "status.json",
-    "trace.json",
-    "last.pt",
-    "best.pt",
-    "step-*.pt",
-    "events.out.tfevents.*",
-)
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ class RunDir:
     def _prepare(self, run: "Run") -> tuple[list[str], bool]:
         is_fresh = self.resumed is None
         try:
-            for path in files_of_a_run(self.path) if is_fresh else _half_written(self.path):
+            for path in files_of_a_run(self.path) if is_fresh else half_written(self.path):
                 path.unlink()
             notes = [] if is_fresh else self._go_back_to(run.state.step)
             write_atomically(self.path / "config.toml", format_toml(run.config).encode())
@@ -171,21 +160,6 @@ def make_new(folder: Path) -> Path:
 
 def unusable(folder: Path, error: OSError) -> UsageError:
     return UsageError(f"--out {folder}: {error.strerror}. Choose another folder.")
-
-
-def files_of_a_run(folder: Path) -> list[Path]:
-    whole = [path for pattern in _WRITTEN_BY_A_RUN for path in folder.glob(pattern)]
-    return whole + _half_written(folder)
-
-
-def _half_written(folder: Path) -> list[Path]:
-    """Temporary files that a kill left behind; of version 0.1.0 too, whose names are shorter."""
-    return [
-        path
-        for pattern in _WRITTEN_BY_A_RUN
-        for suffix in (".tmp", ".????????.tmp")
-        for path in folder.glob(pattern + suffix)
-    ]
 
 
 def link_checkpoint(source: str | os.PathLike, target: str | os.PathLike) -> None:

@@ -4,8 +4,10 @@ Under torchrun, votes travel over a gloo group of their own, so that agreeing ne
 device.
 """
 
+import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -26,14 +28,18 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Within this context the first stop signal is only noted; a second one acts at once.
+    """Within this context the first stop signal is noted, with a line; a second one acts at once.
 
     A second SIGHUP does not: a terminal that is closed sends two, one of them through the shell.
     Under `nohup` SIGHUP stays ignored.
+
+    Args:
+        quiet: print no line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         self.signal_name: str | None = None
+        self._quiet = quiet
 
     def __enter__(self) -> "StopRequest":
         signals = set(STOP_SIGNALS)
@@ -50,6 +56,8 @@ class StopRequest:
         self.signal_name = signal.Signals(signum).name
         for again in self._handlers:
             signal.signal(again, signal.SIG_IGN if again == signal.SIGHUP else signal.SIG_DFL)
+        if not self._quiet:
+            _acknowledge(self.signal_name)
 
     @property
     def reason(self) -> str:
@@ -60,6 +68,19 @@ class StopRequest:
         """Raise Stopped if a signal came."""
         if self.signal_name is not None:
             raise Stopped
+
+
+def _acknowledge(signal_name: str) -> None:
+    """Say on stderr that a signal came, from its handler: without Python's streams and tqdm's lock.
+
+    The signal may have come while the interpreter was within them. On a terminal the line takes the
+    place of the bar and of the `^C`; the bar comes again below it.
+    """
+    again = "Ctrl-C again" if signal_name == "SIGINT" else "a second one"
+    text = f"Stopping after this batch ({signal_name}); {again} ends at once, unsaved."
+    with suppress(OSError):  # who read it may be gone: `| tee log` ends of the same Ctrl-C
+        before = "\r\x1b[K" if os.isatty(2) else ""
+        os.write(2, f"{before}{text}\n".encode())
 
 
 class StopVote:

@@ -89,7 +89,7 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
     if warning := lr_warning(config, run.order.global_batch_size):
         warn(warning)
 
-    with StopRequest() as request:
+    with StopRequest(quiet=not machine.world.is_main) as request:
         vote = StopVote(request, machine.world)
         with (
             rundir.status(run) as status,
