@@ -1,5 +1,7 @@
 """When a run needs which shard."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,11 +9,18 @@ from hypothesis import strategies as st
 
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.plan import Ranks, RunPlan, largest_buffer
+from wds_convnext.stream.weighting import Weighting
 
 
-def make_run(sizes, *, batch=4, accumulate=1, ranks=(0, 1, 1), buffer=8, lanes=3, epochs=3):
+def make_run(
+    sizes, *, batch=4, accumulate=1, ranks=(0, 1, 1), buffer=8, lanes=3, epochs=3, weighted=False
+):
     first, stop, world = ranks
     order = TrainOrder(np.array(sizes), 7, batch * accumulate * world, buffer, lanes)
+    if weighted:  # the first samples three times an epoch, the last hardly
+        group = np.sort(np.arange(sum(sizes), dtype=np.int32) % 2)
+        shares = np.where(np.bincount(group, minlength=2), [3 * (group == 0).sum(), 1], 0)
+        order = replace(order, weighting=Weighting(group, shares, seed=0))
     schedule = ValidationSchedule(order, 2, order.num_steps(epochs))
     return RunPlan(order, Ranks(batch, first, stop, world), schedule, EvalOrder(np.array([5, 3])))
 
@@ -42,11 +51,20 @@ def batches_of(run, rank):
     st.sampled_from([(0, 1, 1), (0, 2, 2), (1, 2, 2), (2, 4, 4)]),
     st.sampled_from([1, 5, 8, 100]),
     st.integers(1, 5),
+    st.booleans(),
 )
-def test_every_batch_finds_its_shards_in_the_plan(sizes, batch, accumulate, ranks, buffer, lanes):
-    """Whatever sizes, ranks, windows and lanes: what a rank reads is planned for that time."""
+def test_every_batch_finds_its_shards_in_the_plan(
+    sizes, batch, accumulate, ranks, buffer, lanes, weighted
+):
+    """Whatever sizes, ranks, windows, lanes and weights: what a rank reads is planned for then."""
     run = make_run(
-        sizes, batch=batch, accumulate=accumulate, ranks=ranks, buffer=buffer, lanes=lanes
+        sizes,
+        batch=batch,
+        accumulate=accumulate,
+        ranks=ranks,
+        buffer=buffer,
+        lanes=lanes,
+        weighted=weighted,
     )
     uses = run.uses()
 

@@ -22,6 +22,7 @@ from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.opening import open_dataset, open_splits
 from wds_convnext.shards.spec import total_bytes
 from wds_convnext.stream.order import TrainOrder
+from wds_convnext.training.sampling import build_weighting
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def _examine(config: DoctorConfig, *, quiet: bool) -> Case:
         seed=config.seed,
         global_batch_size=config.batch_size * config.accumulate * config.ranks,
         shuffle_buffer=config.shuffle_buffer,
+        weighting=build_weighting(config, train_data),
     )
     with Workers(jobs) as workers:
         splits = [

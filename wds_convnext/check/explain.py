@@ -132,6 +132,7 @@ def _load_batch(
                 DrawnSample(
                     position=i,
                     epoch=int(refs.epoch[i]),
+                    copy=int(refs.copy[i]),
                     partner=partner,
                     in_place_of=reasons,
                     **about,
@@ -218,8 +219,8 @@ def _visits(run: RecordedRun, number: int) -> Iterator[Visit]:
     num_positions = run.num_steps * order.global_batch_size
     # The last step takes from the epoch after, so a sample may come once more there.
     epochs = range(-(-num_positions // order.num_samples))
-    for epoch, position in zip(epochs, order.positions_of(number, epochs).tolist()):
-        step = position // order.global_batch_size
+    for position in order.positions_of(number, epochs).tolist():
+        epoch, step = position // order.num_samples, position // order.global_batch_size
         if step >= run.num_steps:
             continue
         batch, place = divmod(order.place_in_batch(position), batch_size)

@@ -19,6 +19,7 @@ class DrawnSample:
     label: int
     class_name: str
     epoch: int
+    copy: int  # which of its copies in the epoch, from 0
     image_size: tuple[int, int]  # height, width; of the whole image
     crop: Box
     is_flipped: bool
@@ -31,7 +32,7 @@ class DrawnSample:
         box = self.crop
         words = [
             f"{self.position:4d}  {self.shard}  {self.key}  {self.label} {self.class_name}",
-            f"epoch {self.epoch}",
+            f"epoch {self.epoch}" + f", copy {self.copy}" * (self.copy > 0),
             f"crop {box.width}x{box.height} at {box.left},{box.top} of {width}x{height}",
         ]
         words += ["flipped"] * self.is_flipped

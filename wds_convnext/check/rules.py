@@ -118,7 +118,7 @@ def class_imbalance(case: Case) -> Iterator[Finding]:
         yield Finding(
             f"Class {large} has {counts[largest]:,} samples, class {small} {counts[smallest]:,}.",
             f"Top-1 hides the small classes: {large} alone is {share:.0%} of the samples.",
-            "Add samples of small classes, and look at accuracy class by class.",
+            "Add samples of small classes, or let them come more often: --balance sqrt.",
         )
 
 
@@ -127,8 +127,13 @@ def label_mix(case: Case) -> Iterator[Finding]:
     order = case.order
     if order.shuffle_buffer >= order.num_samples:
         return
-    mixed = classes_per_batch(case.train.survey.labels, order)
-    uniform = expected_classes(case.train.class_counts.tolist(), order.global_batch_size)
+    labels = case.train.survey.labels
+    copies = None
+    if order.weighting:
+        copies = order.weighting.epoch(0).copies(np.arange(len(labels)))
+    counts = np.bincount(labels, weights=copies).astype(np.int64)
+    mixed = classes_per_batch(labels, order)
+    uniform = expected_classes(counts.tolist(), order.global_batch_size)
     if mixed < 0.8 * uniform:
         yield Finding(
             f"With --shuffle-buffer {order.shuffle_buffer} a batch has {mixed:.1f} classes, "

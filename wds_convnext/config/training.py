@@ -1,5 +1,6 @@
 """The options of a training run."""
 
+import math
 from dataclasses import dataclass
 
 import click
@@ -50,6 +51,25 @@ class TrainConfig(Config):
         100_000,
         "Samples shuffled together. References, so it costs no "
         "memory; at least the data set's size for a uniform order.",
+        group="Data",
+        type=COUNT,
+    )
+    balance: str = option(
+        "none",
+        "How often classes come in an epoch: none (as they are), classes (all equally), sqrt "
+        "(by the root of their sizes), or a JSON file of weights by class name. Exact, see "
+        "docs/data.md.",
+        group="Data",
+    )
+    mixture: str | None = option(
+        None,
+        "Training sets and the weight of each in an epoch, in place of --shards: "
+        "'a/train.json=2,b/train.json=1'.",
+        group="Data",
+    )
+    epoch_samples: int | None = option(
+        None,
+        "Samples of an epoch. Default: as many as the training shards hold.",
         group="Data",
         type=COUNT,
     )
@@ -238,6 +258,8 @@ class TrainConfig(Config):
                 "--resume and --overwrite exclude each other: one continues the run, the other "
                 "deletes it. Give one."
             )
+        if self.mixture is not None:
+            self._take_shards_of_mixture()
         if self.warmup_epochs is None:
             is_short = self.epochs <= 3 * WARMUP_EPOCHS
             warmup_epochs = self.epochs / 10 if is_short else WARMUP_EPOCHS
@@ -247,6 +269,41 @@ class TrainConfig(Config):
                 f"--batch-size {self.batch_size}: mixing blends pairs, so it must be even. "
                 f"Use {self.batch_size + 1}, or --mixup 0 --cutmix 0."
             )
+
+    def _take_shards_of_mixture(self) -> None:
+        shards = ",".join(self.mixture_parts)
+        if self.shards not in (None, shards):
+            raise UsageError(
+                f"--shards {self.shards}: --mixture names the training shards. Leave --shards out."
+            )
+        if self.balance != "none":
+            raise UsageError(
+                f"--balance {self.balance} and --mixture exclude each other: an epoch is shared "
+                "out to classes or to sets. Give one."
+            )
+        object.__setattr__(self, "shards", shards)
+
+    @property
+    def mixture_parts(self) -> dict[str, float]:
+        """The weight of each part of the mixture, by its spec.
+
+        Raises:
+            UsageError: if it is not a list of SPEC=WEIGHT.
+        """
+        weights: dict[str, float] = {}
+        for part in (self.mixture or "").split(","):
+            spec, _, text = part.rpartition("=")
+            try:
+                weight = float(text)
+            except ValueError:
+                weight = math.nan
+            if not spec or spec in weights or not 0 < weight < math.inf:
+                raise UsageError(
+                    f"--mixture {self.mixture}: {part!r} does not name a set and its weight once. "
+                    "Write a/train.json=2,b/train.json=1."
+                )
+            weights[spec] = weight
+        return weights
 
     def require_shards(self) -> str:
         """The shards; a run that is resumed takes them from its config.toml.

@@ -11,6 +11,9 @@ within a lane each output position depends on two overlapping windows of buffer 
 shuffle buffer made seekable: any position is reached without visiting those before it.
 
 State: 16 bytes per shard and epoch. A billion samples in 100,000 shards are 1.6 MB.
+
+A `Weighting` repeats samples, or leaves them out, before any of this: an epoch is then a
+permutation of copies, and a shard is as long as its samples' copies.
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from wds_convnext.errors import UsageError
-from wds_convnext.rng import derive_key, permute, subkeys
+from wds_convnext.rng import derive_key, mix64, permute, subkeys
+from wds_convnext.stream.weighting import Weighting
 
 NUM_LANES = 32  # divides the usual batch sizes and numbers of ranks; files open at a time
 
@@ -30,6 +34,7 @@ class SampleRefs(NamedTuple):
 
     number: np.ndarray  # number of the sample in its data set
     epoch: np.ndarray
+    copy: np.ndarray  # which of its copies in the epoch, from 0; always 0 without a weighting
     is_real: np.ndarray  # bool; False for the padding of a last evaluation batch
 
     def __len__(self) -> int:
@@ -62,6 +67,7 @@ class TrainOrder:
         shuffle_buffer: references shuffled together; at least the number of samples for a
             uniform permutation, 1 for shards in a random order, each read in its stored order.
         num_lanes: shards read side by side when the buffer is smaller than the data set.
+        weighting: how often each sample comes in an epoch; None for once.
     """
 
     sizes: np.ndarray
@@ -69,6 +75,7 @@ class TrainOrder:
     global_batch_size: int
     shuffle_buffer: int
     num_lanes: int = NUM_LANES
+    weighting: Weighting | None = None
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -78,7 +85,8 @@ class TrainOrder:
 
     @cached_property
     def num_samples(self) -> int:
-        return int(np.sum(self.sizes))
+        """Samples of an epoch, copies counted."""
+        return self.weighting.epoch_size if self.weighting else int(np.sum(self.sizes))
 
     def num_steps(self, num_epochs: int) -> int:
         """Steps of a run of so many epochs; the last batch takes from the epoch after."""
@@ -96,25 +104,31 @@ class TrainOrder:
     def at(self, positions: np.ndarray) -> tuple[SampleRefs, np.ndarray]:
         """The samples at positions of the stream (int64, any order), and their lanes."""
         epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
-        number, lane = np.empty_like(offsets), np.empty_like(offsets)
+        number, copy, lane = (np.zeros_like(offsets) for _ in range(3))
         for epoch in set(epochs.tolist()):
             here = epochs == epoch
-            number[here], lane[here] = _cached_epoch(self, epoch)(offsets[here])
-        return SampleRefs(number, epochs, np.ones(len(number), bool)), lane
+            place, lane[here] = _cached_epoch(self, epoch)(offsets[here])
+            if self.weighting:
+                number[here], copy[here] = self.weighting.epoch(epoch).locate(place)
+            else:
+                number[here] = place
+        return SampleRefs(number, epochs, copy, np.ones(len(number), bool)), lane
 
     def positions_of(self, number: int, epochs: range) -> np.ndarray:
-        """Where a sample stands in the stream, once per epoch: int64 (len(epochs),).
+        """Where a sample stands in the stream in these epochs; int64, ascending.
 
-        The inverse of `at`, by arithmetic: some ms per epoch and million shards.
+        Once per epoch, or as often as the weighting has it. The inverse of `at`, by arithmetic:
+        some ms per epoch and million shards.
         """
-        numbers = np.array([number])
-        return np.array(
-            [
-                epoch * self.num_samples + _cached_epoch(self, epoch).offsets_of(numbers)[0]
-                for epoch in epochs
-            ],
-            dtype=np.int64,
-        )
+        positions = []
+        for epoch in epochs:
+            places = np.array([number])
+            if self.weighting:
+                copies = self.weighting.epoch(epoch)
+                places = copies.starts_of(places) + np.arange(copies.copies(places)[0])
+            offsets = _cached_epoch(self, epoch).offsets_of(places)
+            positions.append(epoch * self.num_samples + np.sort(offsets))
+        return np.concatenate(positions).astype(np.int64) if positions else np.zeros(0, np.int64)
 
     def pieces_of(self, epoch: int) -> "Pieces":
         """Where in the stream the samples of each shard may stand, in O(shards and lanes)."""
@@ -155,9 +169,13 @@ class TrainOrder:
         return _cached_global_batch(self, step).take(slice(first, first + batch_size))
 
     def sample_keys(self, refs: SampleRefs) -> np.ndarray:
-        """A uint64 key per reference, for the draws of its augmentation: (seed, epoch, sample)."""
+        """A uint64 key per reference, for the draws of its augmentation.
+
+        It depends on seed, epoch, sample and copy.
+        """
         key = derive_key(self.seed, "augment")
-        return subkeys(key, subkeys(key, refs.number) + refs.epoch.astype(np.uint64))
+        turn = refs.epoch.astype(np.uint64) + mix64(refs.copy.astype(np.uint64))  # copy 0 adds 0
+        return subkeys(key, subkeys(key, refs.number) + turn)
 
 
 @dataclass(frozen=True)
@@ -194,7 +212,8 @@ class EvalOrder:
         first = (index * world_size + rank) * batch_size
         position = np.arange(first, first + batch_size)
         number = np.minimum(position, num_samples - 1)
-        return SampleRefs(number, np.zeros_like(number), position < num_samples)
+        nothing = np.zeros_like(number)
+        return SampleRefs(number, nothing, nothing, position < num_samples)
 
     def sample_keys(self, refs: SampleRefs) -> np.ndarray:
         """A uint64 key per reference, for what a transform draws: the same in each evaluation."""
@@ -209,9 +228,12 @@ def _cached_global_batch(order: TrainOrder, step: int) -> SampleRefs:
 @lru_cache(maxsize=4)
 def _cached_epoch(order: TrainOrder, epoch: int) -> "_Uniform | _Windowed":
     key = derive_key(order.seed, "epoch", epoch)
+    sizes = np.asarray(order.sizes)
+    if order.weighting:  # shards are as long as their samples' copies, so that locality holds
+        sizes = np.diff(order.weighting.epoch(epoch).starts_of(_starts(sizes)))
     if order.shuffle_buffer >= order.num_samples:
-        return _Uniform(order.sizes, key)
-    return _Windowed(order.sizes, order.shuffle_buffer, order.num_lanes, key)
+        return _Uniform(sizes, key)
+    return _Windowed(sizes, order.shuffle_buffer, order.num_lanes, key)
 
 
 class _Uniform:

@@ -5,7 +5,7 @@ where the samples of a shard stand, so a use is a range of batches.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -136,13 +136,7 @@ def largest_buffer(plan: RunPlan, sizes: np.ndarray, cache_bytes: int, *, ahead:
     """
 
     def fits(buffer: int) -> bool:
-        order = TrainOrder(
-            plan.order.sizes,
-            plan.order.seed,
-            plan.order.global_batch_size,
-            buffer,
-            plan.order.num_lanes,
-        )
+        order = replace(plan.order, shuffle_buffer=buffer)
         schedule = ValidationSchedule(order, plan.schedule.every, plan.schedule.last_step)
         uses = RunPlan(order, plan.ranks, schedule, plan.val_order).uses()
         return uses.peak_bytes(sizes, ahead=ahead) <= cache_bytes

@@ -46,6 +46,7 @@ class DataFacts:
     global_batch_size: int
     shuffle_buffer: int
     num_lanes: int
+    weighting: str | None = None  # its digest; None where every sample comes once an epoch
 
 
 @dataclass(frozen=True)

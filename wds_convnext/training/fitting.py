@@ -12,6 +12,7 @@ from wds_convnext.training.distributed import World, gather_lists
 
 # Options that each rank may have its own of; what they come to is compared as data or environment.
 _OF_A_RANK = ("shards", "val_shards", "workers", "device", "amp", "compile", "out", "resume")
+_WEIGHTING = "weights (--balance, --mixture, --epoch-samples) of digest"
 # Options that may differ on a resume without changing a bit of the weights. (Of the batch size,
 # the global batch is compared.)
 _FREE_OPTIONS = (
@@ -85,7 +86,11 @@ def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
                 "cannot begin or end in mid-run. Resume with the same, or start from scratch "
                 "without --resume, in another --out."
             )
-    of_data = [f"{d.name} {d.then} (now {d.now})" for d in differences if d.part == "data"]
+    of_data = [
+        f"{_WEIGHTING if d.name == 'weighting' else d.name} {d.then} (now {d.now})"
+        for d in differences
+        if d.part == "data"
+    ]
     if of_data:
         raise CheckpointError(
             f"--resume: the checkpoint's stream of samples had {', '.join(of_data)}. Resume with "

@@ -15,6 +15,7 @@ from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
 from wds_convnext.training.rundir import load_newest
 from wds_convnext.training.runs import named_run
+from wds_convnext.training.sampling import build_weighting
 
 
 @dataclass(frozen=True)
@@ -92,5 +93,6 @@ def open_recorded_run(
             global_batch_size=facts.data.global_batch_size,
             shuffle_buffer=facts.data.shuffle_buffer,
             num_lanes=facts.data.num_lanes,
+            weighting=build_weighting(config, dataset),
         ),
     )

@@ -30,6 +30,7 @@ from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.fitting import check_ranks, check_resumable, fit_to_checkpoint
 from wds_convnext.training.monitor import Gauges, build_gauges
+from wds_convnext.training.sampling import build_weighting, describe, with_absolute_weights
 from wds_convnext.training.schedule import lr_schedule, schedule_notes, validation_schedule
 from wds_convnext.training.state import TrainState, build_state
 from wds_convnext.training.step import StepRecipe, build_recipe
@@ -135,6 +136,7 @@ def open_run(
         seed=config.seed,
         global_batch_size=config.batch_size * config.accumulate * machine.world.size,
         shuffle_buffer=config.shuffle_buffer,
+        weighting=build_weighting(config, train_data),
     )
     facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
     if then and train_data.is_meant_by(then.data.shards):
@@ -205,11 +207,14 @@ def _notes(run: Run, val_data: Dataset | None) -> list[str]:
     average, decay = run.state.average, run.config.ema_decay
     if average and average.num_updates is not None:
         notes += filter(None, [warmup_note(decay, run.schedule.last_step)])
+    if run.order.weighting:
+        notes.append(describe(run.order.weighting))
     return notes + schedule_notes(run.config, run.order)
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config as a resume from another working directory can use it."""
+    config = with_absolute_weights(config)
     return replace(
         config,
         shards=absolute_spec(config.require_shards()),
@@ -238,6 +243,7 @@ def _facts(
             global_batch_size=order.global_batch_size,
             shuffle_buffer=order.shuffle_buffer,
             num_lanes=order.num_lanes,
+            weighting=order.weighting.digest if order.weighting else None,
         ),
         dataset=train_data.name,
         val_shards=val_spec and absolute_spec(val_spec),
