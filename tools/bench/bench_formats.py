@@ -18,6 +18,7 @@ from wds_convnext.errors import DataError
 from wds_convnext.progress import Progress
 
 JPEG_QUALITY = 90  # FFCV's, and that of photographs brought to another size
+SHRUNK_SIDE = 512  # pixels
 SAMPLES_PER_SHARD, MIN_SHARDS = 125, 16
 TILE_WIDTH, TILE_HEIGHT = 500, 375  # an ImageNet photograph
 MOSAIC_SOURCES = 1000  # photographs to choose from, also where few mosaics are wanted
@@ -115,6 +116,12 @@ def _write_shards(formats: Path, out: Path) -> None:
     convert(str(formats / "photos"), out=str(out))
 
 
+def _write_shrunk_shards(formats: Path, out: Path) -> None:
+    from wds_convnext.conversion import convert
+
+    convert(str(formats / "photos"), out=str(out), max_side=SHRUNK_SIDE)
+
+
 def _write_files(formats: Path, out: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -171,6 +178,7 @@ def _write_ffcv_shards(formats: Path, out: Path) -> None:
 
 FORMATS = {  # what it is made from, and how
     "shards": ("photos", _write_shards),
+    "shrunk-shards": ("photos", _write_shrunk_shards),
     "files": ("photos", _write_files),
     "beton": ("files", _write_beton),
     "ffcv-shards": ("files", _write_ffcv_shards),

@@ -22,13 +22,14 @@ A loader that fails, or whose library is missing, is left out with the reason. D
 `apt install libopencv-dev libturbojpeg0-dev pkg-config`, then `pip install ffcv`.
 
 What is not equal. FFCV writes JPEGs again at quality 90 (62 kB instead of 110), so there is "ours
-on ffcv jpegs", the same bytes in our shards; it decodes with libjpeg's fast DCT (up to 12 of 255
-off) where all others use the exact one, and shrinks by box filter (antialiased). Batches of FFCV
-and DALI lie in memory that they use again, ours are copied out of it. webdataset shuffles within
-1,000 samples per worker and draws shards with replacement, DALI shuffles within 1,024; the others
-shuffle everything. Article, image folder and webdataset's recipe make float batches, four times the
-bytes. FFCV and DALI use --workers threads, the others as many processes. All files are in the
-system's cache: disks are not measured, nor is the copy to a GPU.
+on ffcv jpegs", the same bytes in our shards; "ours on shrunk shards" are those of --max-side 512.
+FFCV decodes with libjpeg's fast DCT (up to 12 of 255 off) where all others use the exact one, and
+shrinks by box filter (antialiased). Batches of FFCV and DALI lie in memory that they use again,
+ours are copied out of it. webdataset shuffles within 1,000 samples per worker and draws shards with
+replacement, DALI shuffles within 1,024; the others shuffle everything. Article, image folder and
+webdataset's recipe make float batches, four times the bytes. FFCV and DALI use --workers threads,
+the others as many processes. All files are in the system's cache: disks are not measured, nor is
+the copy to a GPU.
 """
 
 import contextlib

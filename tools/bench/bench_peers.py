@@ -263,12 +263,15 @@ class Loader:
 
 LOADERS = {
     "ours": Loader(ours, "shards", against=()),
+    "ours on shrunk shards": Loader(
+        partial(ours, shards="shrunk-shards"), "shrunk-shards", by_default=False
+    ),
     "bare loop": Loader(bare_loop, "shards"),
     "ours in threads": Loader(our_threads, "shards", by_default=False),
     "ours on ffcv jpegs": Loader(partial(ours, shards="ffcv-shards"), "ffcv-shards", against=()),
     "ffcv": Loader(ffcv, "beton", against=("ours", "ours on ffcv jpegs")),
     "webdataset + torchvision": Loader(webdataset_torchvision, "shards"),
-    "dali cpu": Loader(dali, "files"),
+    "dali cpu": Loader(dali, "files", against=("ours", "ours on shrunk shards")),
     "article": Loader(article, "photos"),
     "image folder": Loader(image_folder, "files"),
     "webdataset recipe": Loader(webdataset_recipe, "shards"),

@@ -2,12 +2,14 @@
 
 A sample's key is its row's number in the split, so shards are compared with the input in any
 order. Of every image 64 bits of its SHA-256 are kept, of both sides: 60 bytes a sample in all.
+Of an image that the conversion has shrunk, the digest of its source counts that it has kept.
 """
 
-import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import ShardSplit
 from wds_convnext.conversion.layout import unit_edges
 from wds_convnext.conversion.opening import open_splits
+from wds_convnext.conversion.shrink import AS_STORED, SOURCE, digest_image
 from wds_convnext.conversion.source import UNLABELLED, Opener, SourceSplit, label_numbers
 from wds_convnext.conversion.staging import read_bad_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
@@ -25,7 +28,7 @@ from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import read_samples
-from wds_convnext.shards.spec import Shard
+from wds_convnext.shards.spec import Shard, sources_path
 
 _ROW_KEY = re.compile(r"\d{9}|[1-9]\d{9,17}", re.ASCII)
 _NO_ROW = -1
@@ -86,10 +89,22 @@ def compare_with_input(
     if stated and (difference := class_difference(names, stated)):
         what = f"its class names are not those of {source.where}: {difference}"
         return [Problem(split.manifest_path, what)], []
+    sources = sources_path(split.manifest_path) if "shrink" in manifest.options else None
+    if sources and _size_of(sources) != SOURCE.size * len(manifest):
+        what = f"missing, or not {SOURCE.size} bytes a sample"
+        advice = "what was shrunk cannot be compared. Copy it again, or convert again"
+        return [Problem(sources, f"{what}; without it {advice}")], []
     left_out = [row for row in _rows_left_out(split) if row in range(source.num_rows)]
 
     paths = [path for path in split.present if path in split.listed]
-    shards = [DigestShard(split.listed[path], manifest.label_field) for path in paths]
+    firsts = {
+        os.path.normpath(shard.path): manifest.numbers_of(number).start
+        for number, shard in enumerate(manifest.shards)
+    }
+    shards = [
+        DigestShard(split.listed[path], manifest.label_field, sources, firsts[path])
+        for path in paths
+    ]
     progress = Progress(f"{split.name}: shards", total=source.num_rows, quiet=quiet)
     found = workers.run(digest_shard, shards, progress=progress)
 
@@ -125,6 +140,9 @@ def compare_with_input(
         what = f"{len(missing):,} rows of the input are in no shard, the first is {first}"
         problems.append(Problem(split.manifest_path, what))
     notes = [f"{len(left_out):,} unusable rows were left out: {_listing(split)}"] * bool(left_out)
+    if sources:
+        num_shrunk = np.count_nonzero(np.fromfile(sources, "<u8") != AS_STORED)
+        notes.append(f"{num_shrunk:,} images were shrunk: compared were the digests in {sources}")
     return problems, notes
 
 
@@ -148,6 +166,10 @@ def _differences(
             yield Problem(path, f"{key}: label {label}, but {stated} in {source.place(row)}")
 
 
+def _size_of(path: str) -> int:
+    return os.path.getsize(path) if os.path.isfile(path) else -1
+
+
 def _listing(split: ShardSplit) -> Path:
     return Path(split.manifest_path).with_suffix(".bad.jsonl")
 
@@ -159,20 +181,31 @@ def _rows_left_out(split: ShardSplit) -> list[int]:
 
 @dataclass(frozen=True)
 class DigestShard:
-    """A shard whose samples are to be digested."""
+    """A shard whose samples are to be digested.
+
+    Args:
+        sources: the file of the digests of the split's sources, if images were shrunk.
+        first: the number of the shard's first sample in the split.
+    """
 
     shard: Shard
     label_field: str
+    sources: str | None
+    first: int
 
 
 def digest_shard(task: DigestShard, count: Callable[[int, int], None]) -> np.ndarray:
     """Row, image digest and label of each sample, DIGEST; nothing if the shard is broken."""
     path, digests = task.shard.path, []
+    sources = np.full(task.shard.num_samples, AS_STORED, np.uint64)
+    if task.sources:
+        offset = SOURCE.size * task.first
+        sources = np.fromfile(task.sources, "<u8", count=len(sources), offset=offset)
     try:
         samples = scan_shard(path, read_samples(path), label_field=task.label_field, images=True)
-        for sample in samples:
+        for sample, source in zip(samples, chain(sources.tolist(), repeat(AS_STORED))):
             if sample.error is None:
-                image = digest_image(sample.image)
+                image = digest_image(sample.image) if source == AS_STORED else source
                 digests.append((_row_of(sample.key), image, sample.label))
             count(1, len(sample.image))
     except ShardError:  # the check of the shard itself has reported it
@@ -182,11 +215,6 @@ def digest_shard(task: DigestShard, count: Callable[[int, int], None]) -> np.nda
 
 def _row_of(key: str) -> int:
     return int(key) if _ROW_KEY.fullmatch(key) else _NO_ROW
-
-
-def digest_image(data: bytes | memoryview) -> int:
-    """64 bits of the SHA-256 of encoded bytes."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 @dataclass(frozen=True)

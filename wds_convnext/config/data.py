@@ -9,6 +9,7 @@ from wds_convnext.config.fields import (
     FRACTION,
     IMAGE_SIZE,
     POSITIVE,
+    QUALITY,
     SEED,
     WORKERS,
     ByteSize,
@@ -72,12 +73,34 @@ class ShardsConfig(Config):
         group="Input",
         type=click.Choice(["error", "skip"]),
     )
+    max_side: int | None = option(
+        None,
+        "Write images with a longer side than this many pixels as smaller JPEGs; copy the others.",
+        group="Shrinking",
+        type=IMAGE_SIZE,
+    )
+    quality: int | None = option(
+        None,
+        "JPEG quality of the images that are shrunk. Default: 90.",
+        group="Shrinking",
+        type=QUALITY,
+    )
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.quality is not None and self.max_side is None:
+            raise UsageError(
+                "--quality is that of images that --max-side shrinks; all others are copied as "
+                "they are. Give --max-side, too."
+            )
+        if self.shard_size is not None and self.max_side is not None:
+            raise UsageError(
+                "--shard-size and --max-side exclude each other: how many bytes are left is not "
+                "known before. Give --samples-per-shard or --num-shards."
+            )
         sizes = ("num_shards", "samples_per_shard", "shard_size")
         given = [flag_of(name) for name in sizes if getattr(self, name) is not None]
         if len(given) > 1:

@@ -60,6 +60,7 @@ POSITIVE = FiniteRange(min=0, min_open=True)
 SEED = click.IntRange(0, 2**63 - 1)
 WORKERS = click.IntRange(0, 256)
 IMAGE_SIZE = click.IntRange(8, 4096)
+QUALITY = click.IntRange(1, 100)
 
 _PLAIN_TYPES = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
 

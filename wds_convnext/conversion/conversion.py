@@ -33,6 +33,7 @@ from wds_convnext.conversion.passes import (
 )
 from wds_convnext.conversion.report import SplitReport, kind_of
 from wds_convnext.conversion.scatter import Scatter
+from wds_convnext.conversion.shrink import Shrink, Shrunk
 from wds_convnext.conversion.source import SourceSplit
 from wds_convnext.conversion.staging import Staging, read_bad_rows
 from wds_convnext.errors import DataError, sentence
@@ -42,7 +43,7 @@ from wds_convnext.progress import Progress
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.image import ImageSurvey
-from wds_convnext.shards.index import index_content
+from wds_convnext.shards.index import RECORD, index_content
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.spec import Shard
 
@@ -68,6 +69,8 @@ class Conversion:
         self.staging = Staging(config.out, split.name)
         self.survey = ImageSurvey()
         self.bad: list[tuple[int, str]] = []
+        self.shrunk = Shrunk()
+        self.shrink = Shrink.of(config)
 
     @property
     def names(self) -> list[str]:
@@ -80,6 +83,8 @@ class Conversion:
         """Write the shards, beginning where an earlier run has stopped."""
         files = [name + extension for name in self.names for extension in (".tar", ".idx")]
         files.append(self.staging.index_name)
+        if self.shrink:
+            files.append(self.staging.sources_name)
         if not self.staging.begin(self.identity, files, overwrite=self.config.overwrite):
             return self.report_complete()
         try:
@@ -101,6 +106,7 @@ class Conversion:
             self.survey,
             skipped,
             self.split.notes,
+            self.shrunk,
         )
 
     def report_complete(self) -> SplitReport:
@@ -124,7 +130,10 @@ class Conversion:
     @property
     def num_bytes(self) -> int:
         """Disk space that is needed at the peak, about."""
-        num_bytes = self.split.num_bytes + TAR_BYTES * self.split.num_rows
+        num_bytes = self.split.num_bytes
+        if self.shrink:
+            num_bytes = min(num_bytes, self.split.num_rows * self.shrink.most_bytes)
+        num_bytes += TAR_BYTES * self.split.num_rows
         written = sum(path.lstat().st_size for path in self.staging.folder.glob("*"))
         return max(0, (2 if self.config.shuffle else 1) * num_bytes - written)
 
@@ -141,7 +150,7 @@ class Conversion:
             "shuffle": self.config.shuffle,
             "seed": self.config.seed if self.config.shuffle else None,
             "check": self.config.check,
-        }
+        } | ({"shrink": self.shrink.identity} if self.shrink else {})
 
     def _in_order(self) -> list[dict]:
         tasks = [
@@ -158,7 +167,8 @@ class Conversion:
         for attempt in range(2):
             excluded = frozenset(row for row, _ in self.bad)
             units = [self._rows(*edge, excluded) for edge in zip(edges, edges[1:])]
-            paths = [self.staging.staged(f"{attempt}-{i:03d}.spill") for i in range(len(units))]
+            # "v2": an older version's have no sources, and are not taken up.
+            paths = [self.staging.staged(f"{attempt}-{i:03d}.v2.spill") for i in range(len(units))]
             counts = self._count_labels(units, paths)
             scatter = Scatter(
                 counts.sum(axis=0), len(self.names), self.config.seed, self.split.name
@@ -188,8 +198,15 @@ class Conversion:
         return np.array([record["class_counts"] for record in records], dtype=np.int64)
 
     def _rows(self, start: int, stop: int, excluded: frozenset = frozenset()) -> Rows:
-        split = self.split.part(start, stop)
-        return Rows(split, self.class_names, start, stop, self.config.check == "decode", excluded)
+        return Rows(
+            self.split.part(start, stop),
+            self.class_names,
+            start,
+            stop,
+            decode=self.config.check == "decode",
+            excluded=excluded,
+            shrink=self.shrink,
+        )
 
     def _shard_paths(self, name: str) -> tuple[str, str, str]:
         staged = self.staging.staged
@@ -202,9 +219,10 @@ class Conversion:
         return self.workers.run(run_task, tasks, progress=progress)
 
     def _keep_findings(self, records: list[dict]) -> None:
-        self.survey = ImageSurvey()
+        self.survey, self.shrunk = ImageSurvey(), Shrunk()
         for record in records:
             self.survey.merge(record["survey"])
+            self.shrunk = self.shrunk.plus(record.get("shrunk", Shrunk()))
             self.bad += [tuple(entry) for entry in record["bad"]]
 
     def _settle_bad(self) -> None:
@@ -232,6 +250,9 @@ class Conversion:
 
     def _publish(self, shards: tuple[Shard, ...], files: list[str]) -> None:
         write_atomically(self.staging.staged(self.staging.index_name), self._index(shards))
+        if self.shrink:
+            sources = (sources for _, sources in self._records(shards))
+            write_atomically(self.staging.staged(self.staging.sources_name), sources)
         manifest = Dataset(
             name=self.split.dataset,
             split=self.split.name,
@@ -244,6 +265,13 @@ class Conversion:
         self.staging.publish(manifest, files + extra)
 
     def _index(self, shards: tuple[Shard, ...]) -> Iterator[bytes]:
-        """The content of the split's index file: the records that each shard left."""
-        records = (Path(self.staging.staged(f"{name}.records")).read_bytes() for name in self.names)
+        """The content of the split's index file."""
+        records = (records for records, _ in self._records(shards))
         return index_content(records, [shard.name for shard in shards], shards, checksums=True)
+
+    def _records(self, shards: tuple[Shard, ...]) -> Iterator[tuple[bytes, bytes]]:
+        """What each shard left: the records of its samples, and the digests of their sources."""
+        for name, shard in zip(self.names, shards):
+            left = Path(self.staging.staged(f"{name}.records")).read_bytes()
+            end = shard.num_samples * RECORD.itemsize
+            yield left[:end], left[end:]

@@ -5,11 +5,13 @@ A task writes one file at `path` and returns its record; the same task writes th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from wds_convnext.conversion.records import recorded
 from wds_convnext.conversion.scatter import Scatter, ranks_in_class
+from wds_convnext.conversion.shrink import AS_STORED, Shrink, Shrunk, digest_image
 from wds_convnext.conversion.source import UNLABELLED, SourceSplit, label_numbers
 from wds_convnext.conversion.spill import SpillWriter, read_spilled
 from wds_convnext.conversion.tarwriter import ShardWriter
@@ -31,6 +33,7 @@ class Rows:
     stop: int
     decode: bool
     excluded: frozenset[int] = frozenset()
+    shrink: Shrink | None = None
 
 
 @dataclass
@@ -39,13 +42,24 @@ class Findings:
 
     survey: ImageSurvey = field(default_factory=ImageSurvey)
     bad: list[tuple[int, str]] = field(default_factory=list)
+    shrunk: Shrunk = Shrunk()
 
     def record(self) -> dict:
-        return {"survey": self.survey.to_json(), "bad": self.bad}
+        return {"survey": self.survey.to_json(), "bad": self.bad, "shrunk": self.shrunk}
 
 
-def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]:
-    """Row number, image, label and extension of each usable row; the others go to `findings`."""
+class UsableRow(NamedTuple):
+    """What becomes a sample. `source` is the digest of an image that was shrunk, or AS_STORED."""
+
+    row: int
+    image: bytes | memoryview
+    label: int
+    extension: str
+    source: int
+
+
+def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[UsableRow]:
+    """The usable rows of a range; the others go to `findings`."""
     for batch in rows.split.rows(rows.start, rows.stop):
         num_bytes = 0
         labels = label_numbers(batch.labels, rows.class_names).tolist()
@@ -58,14 +72,19 @@ def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[tuple]
                 if isinstance(image, DataError):
                     raise image
                 facts = inspect_image(image)
-                if rows.decode:
+                smaller = rows.shrink.apply(image, facts) if rows.shrink else None
+                if rows.decode and smaller is None:
                     decode_rgb(bytes(image))  # as training will
             except DataError as error:
                 findings.bad.append((row, str(error)))
                 continue
             findings.survey.add(facts)
             num_bytes += len(image)
-            yield row, image, label, facts.extension
+            if smaller is None:
+                yield UsableRow(row, image, label, facts.extension, AS_STORED)
+            else:
+                findings.shrunk = findings.shrunk.plus((1, len(image), len(smaller)))
+                yield UsableRow(row, smaller, label, "jpg", digest_image(image))
         count(len(batch.images), num_bytes)
 
 
@@ -81,8 +100,8 @@ class CopyRows:
     def run(self, count: Count) -> dict:
         findings = Findings()
         with _writer(self) as writer:
-            for row, image, label, extension in usable_rows(self.rows, findings, count):
-                writer.write(f"{row:09d}", image, extension=extension, label=label)
+            for row, image, label, extension, source in usable_rows(self.rows, findings, count):
+                writer.write(f"{row:09d}", image, extension=extension, label=label, source=source)
         return writer.record() | findings.record()
 
 
@@ -128,7 +147,7 @@ class SpillRows:
         shards, places = destinations.tolist()
         findings = Findings()
         with SpillWriter(self.path) as writer:
-            for row, image, label, extension in usable_rows(self.rows, findings, count):
+            for row, image, label, extension, source in usable_rows(self.rows, findings, count):
                 writer.write(
                     image,
                     shard=shards[row - self.rows.start],
@@ -136,6 +155,7 @@ class SpillRows:
                     row=row,
                     label=label,
                     extension=extension,
+                    source=source,
                 )
         return findings.record() | {"files": writer.files}
 
@@ -153,9 +173,12 @@ class CollectShard:
     def run(self, count: Count) -> dict:
         with _writer(self) as writer:
             for image, entry in read_spilled(self.spills, self.shard):
-                extension = entry["extension"].decode()
                 writer.write(
-                    f"{entry['row']:09d}", image, extension=extension, label=int(entry["label"])
+                    f"{entry['row']:09d}",
+                    image,
+                    extension=entry["extension"].decode(),
+                    label=int(entry["label"]),
+                    source=int(entry["source"]),
                 )
                 count(1, len(image))
         return writer.record()

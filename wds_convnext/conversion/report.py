@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from wds_convnext.conversion.shrink import Shrunk
 from wds_convnext.errors import printable
 from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.spec import Shard, total_bytes
@@ -20,6 +21,7 @@ class SplitReport:
     survey: ImageSurvey = field(default_factory=ImageSurvey)
     skipped: Counter = field(default_factory=Counter)
     notes: tuple[str, ...] = ()  # on the input
+    shrunk: Shrunk = Shrunk()
     already_complete: bool = False
 
     @property
@@ -49,6 +51,8 @@ class SplitReport:
         if self.survey.formats:
             lines.insert(3, f"  sizes: {self.survey.describe_sizes()}")
         lines += [f"  {note}" for note in self.notes]
+        if self.shrunk.num_images:
+            lines.append(f"  shrunk: {self.shrunk}")
         return [printable(line, limit=2000) for line in (head, *lines)]
 
 

@@ -27,6 +27,7 @@ _INDEX_DTYPE = np.dtype(
         ("num_bytes", np.int32),
         ("label", np.int32),
         ("extension", "S4"),
+        ("source", np.uint64),  # see `shrink`
     ]
 )
 
@@ -39,7 +40,7 @@ class SpillWriter(AbstractContextManager):
 
     def __init__(self, path: str):
         self.path = path
-        self._images: list[memoryview] = []
+        self._images: list[bytes | memoryview] = []
         self._pending: list[tuple] = []
         self._pending_bytes = 0
         self._offset = 0
@@ -48,9 +49,17 @@ class SpillWriter(AbstractContextManager):
         self._file = create(path, buffering=1 << 20)
 
     def write(
-        self, image: memoryview, *, shard: int, place: int, row: int, label: int, extension: str
+        self,
+        image: bytes | memoryview,
+        *,
+        shard: int,
+        place: int,
+        row: int,
+        label: int,
+        extension: str,
+        source: int,
     ) -> None:
-        self._pending.append((shard, place, row, 0, len(image), label, extension))
+        self._pending.append((shard, place, row, 0, len(image), label, extension, source))
         self._images.append(image)
         self._pending_bytes += len(image)
         if self._pending_bytes >= _GROUP_BYTES:

@@ -20,7 +20,7 @@ from wds_convnext.door import count, parse_json, read_bounded, read_json, text
 from wds_convnext.errors import ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import sync_folder, write_atomically
 from wds_convnext.shards.dataset import Dataset, read_manifest
-from wds_convnext.shards.spec import index_path, staging_path
+from wds_convnext.shards.spec import index_path, sources_path, staging_path
 
 _LOCK_WAIT_S = 5.0  # the workers of a killed conversion end within this time
 _SUFFIXES = (".part", ".npy", ".done", ".tmp")  # of the files in a staging folder
@@ -36,6 +36,7 @@ class Staging:
         self.folder = Path(staging_path(self.manifest_path))
         self.bad_rows_name = f"{split}.bad.jsonl"
         self.index_name = os.path.basename(index_path(self.manifest_path))
+        self.sources_name = os.path.basename(sources_path(self.manifest_path))
         self._lock: int | None = None
 
     def is_complete(self, options: dict, *, overwrite: bool) -> bool:
@@ -193,7 +194,8 @@ class Staging:
                 for shard in manifest.shards:
                     if _has_size(shard.path, shard.num_bytes) or not os.path.exists(shard.path):
                         own |= {shard.name, shard.name.removesuffix(".tar") + ".idx"}
-                own |= {self.manifest_path.name, self.bad_rows_name, self.index_name}
+                own |= {self.manifest_path.name, self.bad_rows_name}
+                own |= {self.index_name, self.sources_name}
         return {name for name in own if not self._own_name(name)}
 
     def _own_name(self, name: object) -> str:
@@ -201,7 +203,7 @@ class Staging:
 
         Only these are ever deleted, so that no file that names others leads to another's data.
         """
-        pattern = rf"{re.escape(self.split)}(-\d+\.(tar|idx)|\.json|\.index|\.bad\.jsonl)"
+        pattern = rf"{re.escape(self.split)}(-\d+\.(tar|idx)|\.json|\.index|\.sources|\.bad\.jsonl)"
         is_own = isinstance(name, str) and re.fullmatch(pattern, name, re.ASCII)
         return "" if is_own else f"the name of a file of {self.split}"
 

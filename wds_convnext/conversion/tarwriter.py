@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 import xxhash
 
 from wds_convnext.conversion.records import left_as
+from wds_convnext.conversion.shrink import AS_STORED, SOURCE
 from wds_convnext.files import create, write_atomically
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, checksum
@@ -51,7 +52,8 @@ class ShardWriter(AbstractContextManager):
     After an exception the file has no end mark and no sidecar, so it does not read as a shard.
 
     Args:
-        records_path: where the shard's part of the split's index goes, see `shards.index`.
+        records_path: where the shard's part of the split's index goes, see `shards.index`, and
+            after it the digests of the samples' sources, see `shrink`.
     """
 
     def __init__(self, path: str, *, sidecar_path: str, records_path: str):
@@ -65,12 +67,21 @@ class ShardWriter(AbstractContextManager):
         self._pending_bytes = 0
         self._sidecar = bytearray()
         self._records = bytearray()
+        self._sources = bytearray()
         # A third of the time is SHA-256, which leaves the interpreter free to read meanwhile.
         self._hasher = ThreadPoolExecutor(1)
         self._hashed = self._hasher.submit(self._hash, b"")
         self._file = create(self.path, buffering=0)
 
-    def write(self, key: str, image: bytes | memoryview, *, extension: str, label: int) -> None:
+    def write(
+        self,
+        key: str,
+        image: bytes | memoryview,
+        *,
+        extension: str,
+        label: int,
+        source: int = AS_STORED,
+    ) -> None:
         """Append one sample: `<key>.<extension>` and `<key>.cls`."""
         image_member = self._append(f"{key}.{extension}", image)
         label_member = self._append(f"{key}.cls", b"%d" % label)
@@ -88,6 +99,7 @@ class ShardWriter(AbstractContextManager):
             flags=HAS_CHECKSUM,
         )
         self._records += record.pack()
+        self._sources += SOURCE.pack(source)
         self.num_samples += 1
         if self._pending_bytes >= _FLUSH_BYTES:
             self._flush()
@@ -127,7 +139,7 @@ class ShardWriter(AbstractContextManager):
             "files": {
                 os.path.basename(self.path): [self.num_bytes, self._digest.hexdigest()],
                 os.path.basename(self.sidecar_path): left_as(self._sidecar),
-                os.path.basename(self.records_path): left_as(self._records),
+                os.path.basename(self.records_path): left_as(self._records + self._sources),
             },
         }
 
@@ -143,4 +155,4 @@ class ShardWriter(AbstractContextManager):
             os.fsync(self._file.fileno())
         self._sidecar[:0] = sidecar_head(self.num_samples)
         write_atomically(self.sidecar_path, self._sidecar)
-        write_atomically(self.records_path, self._records)
+        write_atomically(self.records_path, self._records + self._sources)

@@ -36,18 +36,22 @@ _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")  # Pillow opens i
 
 _PNG_END = b"IEND\xae\x42\x60\x82"
 _PLAIN_MODES = ("RGB", "L")
-_ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are turned or mirrored
+ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What an image's header states. `unusual` names what a reader may trip over."""
+    """What an image's header states. `unusual` names what a reader may trip over.
+
+    `orientation` is EXIF's: 1 is upright, 2 to 8 are turned or mirrored.
+    """
 
     extension: str
     mode: str
     width: int
     height: int
     unusual: tuple[str, ...]
+    orientation: int = 1
 
 
 def inspect_image(data: bytes | memoryview) -> ImageFacts:
@@ -61,14 +65,14 @@ def inspect_image(data: bytes | memoryview) -> ImageFacts:
     if len(data) > MAX_BYTES:
         raise ImageError(f"too large: {len(data):,} bytes, the limit is {MAX_BYTES:,}")
     if (jpeg := read_jpeg_header(data)) is not None:
-        is_turned = jpeg.exif is not None and _is_turned(data[jpeg.exif])
-        return _describe("jpg", jpeg.mode, jpeg.width, jpeg.height, is_turned=is_turned)
+        orientation = 1 if jpeg.exif is None else _orientation(data[jpeg.exif])
+        return _describe("jpg", jpeg.mode, jpeg.width, jpeg.height, orientation=orientation)
     with open_with_pillow(data) as image:
         return _describe(
             EXTENSIONS[str(image.format)],
             image.mode,
             *image.size,
-            is_turned="exif" in image.info and _is_turned(image.info["exif"]),
+            orientation=_orientation(image.info["exif"]) if "exif" in image.info else 1,
             is_animated=image.format != "MPO" and getattr(image, "is_animated", False),
         )
 
@@ -79,15 +83,15 @@ def _describe(
     width: int,
     height: int,
     *,
-    is_turned: bool,
+    orientation: int,
     is_animated: bool = False,
 ) -> ImageFacts:
     unusual: tuple[str, ...] = () if mode in _PLAIN_MODES else (f"mode {mode}",)
     if is_animated:
         unusual += ("animated",)
-    if is_turned:
+    if orientation != 1:
         unusual += ("EXIF-rotated",)
-    return ImageFacts(extension, mode, width, height, unusual)
+    return ImageFacts(extension, mode, width, height, unusual, orientation)
 
 
 @contextmanager
@@ -166,14 +170,15 @@ def _gif_table_bytes(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _is_turned(exif: bytes | memoryview) -> bool:
-    """Whether EXIF says that the image is to be turned or mirrored. Broken EXIF says nothing."""
+def _orientation(exif: bytes | memoryview) -> int:
+    """How EXIF says that the image is to be turned or mirrored. Broken EXIF says nothing: 1."""
     tags = Image.Exif()
     try:
         tags.load(bytes(exif))
-        return tags.get(_ORIENTATION, 1) in range(2, 9)
+        stated = tags.get(ORIENTATION, 1)
+        return stated if stated in range(2, 9) else 1
     except Exception:  # struct.error and more: nobody needs the EXIF of an image to use it
-        return False
+        return 1
 
 
 @functools.cache

@@ -88,6 +88,11 @@ def index_path(manifest_path: str | os.PathLike) -> str:
     return str(manifest_path).removesuffix(".json") + ".index"
 
 
+def sources_path(manifest_path: str | os.PathLike) -> str:
+    """Where the digests of images that were shrunk stand: `data/train.sources`."""
+    return str(manifest_path).removesuffix(".json") + ".sources"
+
+
 def staging_path(manifest_path: str | os.PathLike) -> str:
     """Where the shards of a manifest stand until all are complete: `data/train.partial`."""
     return str(manifest_path).removesuffix(".json") + ".partial"
