@@ -159,6 +159,30 @@ def shards(parquet, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def trained_run(shards, tmp_path_factory) -> Path:
+    """A finished run of moments with averaged weights, validated. Do not write to it."""
+    import wds_convnext as wc
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    wc.train(
+        shards=str(shards / "train.json"),
+        out=str(out),
+        model="test_convnext",
+        image_size=32,
+        batch_size=8,
+        epochs=4,
+        val_every=2,
+        lr=3e-3,
+        mix_prob=0.0,
+        ema_decay=0.9,
+        workers=0,
+        device="cpu",
+        log_every=3,
+    )
+    return out
+
+
 def command(*args, **options) -> list[str]:
     """A wds-convnext command line for a process of its own."""
     flat = [str(part) for pair in options.items() for part in pair]

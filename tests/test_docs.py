@@ -24,6 +24,7 @@ def python_blocks(page: Path) -> list[str]:
 EXAMPLES = [
     pytest.param(code, id=f"{page.name}-{number}")
     for page in PAGES
+    if page.name != "using.md"  # has a test of its own
     for number, code in enumerate(python_blocks(page))
 ]
 

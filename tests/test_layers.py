@@ -8,7 +8,7 @@ import pytest
 import wds_convnext
 
 ROOT = Path(wds_convnext.__file__).parent
-LAYERS = ["storage", "shards", "stream", "training", "conversion", "check"]
+LAYERS = ["storage", "shards", "stream", "training", "conversion", "check", "report"]
 ABOVE_ALL = {"cli", "commands", "__main__", "__init__"}  # may import everything
 
 

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
         ExplainConfig,
         IndexConfig,
         InspectConfig,
+        PredictConfig,
         ShardsConfig,
         TrainConfig,
         VerifyConfig,
     )
     from wds_convnext.conversion import convert
     from wds_convnext.errors import WdsConvnextError
+    from wds_convnext.report.classifier import Classifier, Guess, Prediction, load_classifier
+    from wds_convnext.report.predict import predict
     from wds_convnext.shards.dataset import Dataset, Sample
     from wds_convnext.shards.opening import open_dataset
     from wds_convnext.stream.loader import make_loader
@@ -52,12 +55,15 @@ _MODULES = {
         "ExplainConfig",
         "IndexConfig",
         "InspectConfig",
+        "PredictConfig",
         "ShardsConfig",
         "TrainConfig",
         "VerifyConfig",
     ],
     "conversion": ["convert"],
     "errors": ["WdsConvnextError"],
+    "report.classifier": ["Classifier", "Guess", "Prediction", "load_classifier"],
+    "report.predict": ["predict"],
     "shards.dataset": ["Dataset", "Sample"],
     "shards.opening": ["open_dataset"],
     "stream.order": ["EvalOrder", "TrainOrder"],

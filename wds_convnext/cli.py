@@ -6,7 +6,7 @@ import sys
 import click
 
 from wds_convnext import __version__, errors
-from wds_convnext.commands import data, training
+from wds_convnext.commands import data, models, training
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.progress import outlasting_output
 
@@ -28,6 +28,7 @@ for command in (
     training.doctor,
     training.evaluate,
     training.explain,
+    models.predict,
     data.shards,
     data.verify,
     data.inspect,

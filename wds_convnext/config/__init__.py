@@ -9,6 +9,7 @@ from wds_convnext.config.data import (
     VerifyConfig,
 )
 from wds_convnext.config.fields import ByteSize, Config, option
+from wds_convnext.config.models import PredictConfig
 from wds_convnext.config.runs import EvalConfig, ExplainConfig
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
@@ -30,6 +31,7 @@ __all__ = [
     "ExplainConfig",
     "IndexConfig",
     "InspectConfig",
+    "PredictConfig",
     "ShardsConfig",
     "TrainConfig",
     "WARMUP_EPOCHS",

@@ -10,18 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from wds_convnext.stream.stream import (
-    BadSample,
-    Batch,
-    ShardStream,
-    ValidatedStream,
-    load_batches,
-)
+from wds_convnext.stream.stream import BadSample, Batch, Stream, load_batches
 from wds_convnext.stream.workers import Slots, items_of_workers, num_workers
 
 
 def make_loader(
-    stream: ShardStream | ValidatedStream,
+    stream: Stream,
     *,
     workers: int | None = None,
     pin_memory: bool = False,
@@ -75,7 +69,7 @@ class _Handover(NamedTuple):
 class _Share:
     """What runs in a worker: each num_workers-th batch of a stream, into its slots in turn."""
 
-    stream: ShardStream | ValidatedStream
+    stream: Stream
     slots: Slots
     num_workers: int
 

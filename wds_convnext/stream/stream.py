@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,24 @@ class Reader(Protocol):
     def read(self, number: int) -> tuple[bytes, int]: ...
 
     def describe(self, number: int) -> dict[str, str | int]: ...
+
+
+class Source(Protocol):
+    """What makes the batches of a stream, by their numbers."""
+
+    def open_reader(self) -> Any: ...
+
+    def will_load(self, number: int, reader: Any) -> None: ...
+
+    def load(self, number: int, reader: Any, images: torch.Tensor) -> Batch: ...
+
+
+class Stream(Protocol):
+    """What a loader takes: which batches to make, in order, and memory for one of them."""
+
+    def turns(self) -> Iterator[tuple[Source, int]]: ...
+
+    def new_images(self) -> torch.Tensor: ...
 
 
 class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
@@ -230,8 +248,8 @@ class ValidatedStream(IterableDataset[Batch]):
 
 
 def load_batches(
-    stream: ShardStream | ValidatedStream,
-    turns: Iterator[tuple[ShardStream, int]] | None = None,
+    stream: Stream,
+    turns: Iterator[tuple[Source, int]] | None = None,
     next_images: Callable[[], torch.Tensor] | None = None,
 ) -> Iterator[Batch]:
     """A stream's batches of these turns, their images written into what `next_images` gives.
@@ -245,8 +263,8 @@ def load_batches(
     turns = _share_of_this_worker(stream.turns()) if turns is None else turns
     next_images = next_images or stream.new_images
     with ExitStack() as open_readers:
-        readers: dict[ShardStream, SampleReader] = {}
-        turn: tuple[ShardStream, int] | None = None
+        readers: dict[Source, Any] = {}
+        turn: tuple[Source, int] | None = None
         for coming in itertools.chain(turns, [None]):
             if coming is not None:
                 source, number = coming

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +13,12 @@ from wds_convnext.pool import num_cores
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_dataset
-from wds_convnext.training.checkpoint import (
-    load_checkpoint,
-    load_weights,
-    step_and_facts,
-    taking_over,
-)
 from wds_convnext.training.distributed import Machine, join_world, leave_world
 from wds_convnext.training.evaluate import open_evaluation
 from wds_convnext.training.feed import loading
-from wds_convnext.training.model import check_image_size, create_model
-from wds_convnext.training.runs import best_checkpoint
+from wds_convnext.training.model import check_image_size
 from wds_convnext.training.scores import EvalResult, Score
+from wds_convnext.training.stored import StoredModel, open_model
 
 
 class FlipMean(nn.Module):
@@ -49,52 +42,40 @@ def evaluate_checkpoints(named: Sequence[str | None], config: EvalConfig) -> lis
     """Evaluate checkpoints on one split: that of the config, else the first one's own.
 
     Args:
-        named: files or run folders; None for the newest run.
+        named: files, run folders or exported folders; None for the newest run.
         config: how; its `checkpoint` does not count.
     """
     world, device = join_world(config.device)
     try:
         machine = Machine.of(world, device, amp=config.amp)
-        paths = [best_checkpoint(name) for name in named]
-        checkpoints = [load_checkpoint(path) for path in paths]  # mapped: they take no memory
-        facts = [step_and_facts(c, path)[1] for c, path in zip(checkpoints, paths)]
-        spec = config.shards or facts[0].val_shards
+        models = [open_model(name) for name in named]  # mapped: they take no memory
+        spec = config.shards or models[0].val_shards
         if spec is None:
-            raise UsageError(f"{paths[0]}: its run had no validation shards. Give --shards.")
+            raise UsageError(f"{models[0].path}: names no validation shards. Give --shards.")
         dataset = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
-        splits = [with_classes(dataset, f.class_names, of=str(p)) for f, p in zip(facts, paths)]
-        return [
-            _evaluate_one(path, checkpoint, split, config, machine)
-            for path, checkpoint, split in zip(paths, checkpoints, splits)
-        ]
+        splits = [with_classes(dataset, m.class_names, of=str(m.path)) for m in models]
+        return [_evaluate_one(*pair, config, machine) for pair in zip(models, splits)]
     finally:
         leave_world(world)
 
 
 def _evaluate_one(
-    path: Path,
-    checkpoint: dict[str, Any],
-    dataset: Dataset,
-    config: EvalConfig,
-    machine: Machine,
+    stored: StoredModel, dataset: Dataset, config: EvalConfig, machine: Machine
 ) -> Score:
-    step, facts = step_and_facts(checkpoint, path)
-    model = create_model(facts.model, num_classes=facts.num_classes)
+    model = stored.build()
     preprocessing = replace(
-        facts.preprocessing,
-        image_size=config.image_size or facts.preprocessing.image_size,
-        crop_ratio=config.crop or facts.preprocessing.crop_ratio,
+        stored.preprocessing,
+        image_size=config.image_size or stored.preprocessing.image_size,
+        crop_ratio=config.crop or stored.preprocessing.crop_ratio,
     )
     if config.image_size is not None:
         check_image_size(model, config.image_size)
     model = model.to(machine.device)
-    with taking_over():
-        load_weights(model, checkpoint)
     about = {
-        "model": facts.model,
-        "weights": "ema" if checkpoint.get("ema") else "model",
-        "checkpoint": str(path),
-        "step": step,
+        "model": stored.name,
+        "weights": stored.weights,
+        "checkpoint": str(stored.path),
+        "step": stored.step,
         "dataset": dataset.name,
         "split": dataset.split,
         "image_size": preprocessing.image_size,

@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 import torch
 
 from wds_convnext.stream.loader import make_loader
-from wds_convnext.stream.stream import Batch, ShardStream, ValidatedStream
+from wds_convnext.stream.stream import Batch, ShardStream, Stream
 from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.stopping import StopVote
@@ -14,7 +14,7 @@ from wds_convnext.training.stopping import StopVote
 
 @contextmanager
 def loading(
-    stream: ShardStream | ValidatedStream,
+    stream: Stream,
     workers: int | None,
     machine: Machine,
     *,

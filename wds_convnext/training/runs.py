@@ -5,6 +5,7 @@ from pathlib import Path
 from wds_convnext.errors import CheckpointError
 
 RUNS = Path("runs")
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder, as on the Hub
 _WRITTEN_BY_A_RUN = (
     "config.toml",
     "metrics.jsonl",
@@ -46,7 +47,7 @@ def newest_run() -> Path:
 
 
 def named_run(named: str | None) -> Path:
-    """The checkpoint or the run's folder of this name, which is there; None: the newest run's."""
+    """The file or folder of this name, which is there; None: the newest run's."""
     path = newest_run() if named is None else Path(named)
     if not path.exists():
         raise CheckpointError(
@@ -58,10 +59,11 @@ def named_run(named: str | None) -> Path:
 def best_checkpoint(named: str | None) -> Path:
     """The checkpoint file that `eval --checkpoint` means: a file, a run's best.pt, the newest's.
 
-    A run that was not validated has no best.pt: its last.pt is meant.
+    A run that was not validated has no best.pt: its last.pt is meant. An exported folder is given
+    back as it is.
     """
     path = named_run(named)
-    if not path.is_dir():
+    if not path.is_dir() or (path / CONFIG).is_file():
         return path
     for name in ("best.pt", "last.pt"):
         if (path / name).is_file():
@@ -69,7 +71,7 @@ def best_checkpoint(named: str | None) -> Path:
     which = "the newest run, " if named is None else ""
     raise CheckpointError(
         f"{path}: {which}holds no best.pt and no last.pt. Name one of its .pt files, or another "
-        "run, with --checkpoint."
+        "run."
     )
 
 

@@ -1,0 +1,41 @@
+"""Commands that use a trained model: predict."""
+
+import sys
+from typing import Any
+
+import click
+
+from wds_convnext.config import PredictConfig
+from wds_convnext.options import GroupedCommand, add_options
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext predict runs/big cat.jpg holiday/ album.zip
+wds-convnext predict runs/big data/test.json --out predictions.parquet
+wds-convnext predict runs/big - --out predictions.csv < list.txt
+""",
+)
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True)
+@add_options(PredictConfig)
+def predict(model: str, images: tuple[str, ...], **options: Any) -> None:
+    """Say what images show, with the pixels and the weights that eval uses.
+
+    MODEL is a run's folder (its best checkpoint), a checkpoint or an exported folder. IMAGES are
+    files, folders, zips, shards, or - for a list of files on stdin, ended by line ends or NULs.
+
+    Exit codes: 0 every image was read; 1 some could not be read and are listed, the others were
+    predicted; 2 usage or data error, explained in one line.
+    """
+    config = PredictConfig(**options)
+    from wds_convnext.training.runs import best_checkpoint
+
+    named = str(best_checkpoint(model))  # looked for before torch is imported, which takes seconds
+    from wds_convnext.report.predict import predict as predict_images
+
+    report = predict_images(named, images, config)
+    if report.num_bad or config.out is not None:
+        click.echo(report, err=config.out is None)
+    sys.exit(1 if report.num_bad else 0)

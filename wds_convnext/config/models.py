@@ -1,0 +1,42 @@
+"""The options of the commands that use a trained model: predict, report and export."""
+
+from dataclasses import dataclass
+
+import click
+
+from wds_convnext.config.fields import COUNT, WORKERS, Config, option
+
+
+@dataclass(frozen=True)
+class UseConfig(Config):
+    """How a model is computed; in the same batches and precision as in `eval`."""
+
+    batch_size: int = option(160, "Images per batch.", group="Machine", type=COUNT)
+    workers: int | None = option(
+        None,
+        "Processes that decode images. Default: one per CPU core, at most 16.",
+        group="Machine",
+        type=WORKERS,
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Machine")
+    amp: str = option(
+        "auto",
+        "Mixed precision, as in training.",
+        group="Machine",
+        type=click.Choice(["auto", "bf16", "fp16", "off"]),
+    )
+    quiet: bool = option(False, "Show no progress.", group="Output")
+
+
+@dataclass(frozen=True)
+class PredictConfig(UseConfig):
+    """What `wds-convnext predict` says of each image, and where."""
+
+    top: int = option(5, "Classes per image, the likeliest first.", group="Output", type=COUNT)
+    out: str | None = option(
+        None,
+        "Write to this file, in the format of its ending: .csv, .jsonl or .parquet.",
+        group="Output",
+        is_output=True,
+    )
+    json: bool = option(False, "Print a JSON object per image, not a table.", group="Output")
