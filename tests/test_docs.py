@@ -54,6 +54,10 @@ def sources(tmp_path, monkeypatch):
     for number, name in enumerate(["cat", "dog", "cat"]):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(encode_image(number))
+    tables = tmp_path / "tables"
+    shutil.copytree(tmp_path / "photos", tables / "photos")
+    (tables / "labels.csv").write_text("image,label\nphotos/cat/0.jpg,cat\nphotos/dog/1.jpg,dog\n")
+    (tables / "train.jsonl").write_text('{"file": "photos/cat/0.jpg", "species": "cat"}\n')
 
 
 def test_the_commands_of_the_data_page_run_as_printed(sources, capsys):

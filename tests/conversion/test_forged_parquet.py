@@ -127,6 +127,7 @@ if __name__ == "__main__":
 def test_a_file_that_ends_the_process_that_reads_it_is_one_line(tmp_path):
     """As pyarrow does on some damage: the command lives on, and says so."""
     script = tmp_path / "dying.py"
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
     script.write_text(DYING.format(source=str(tmp_path), out=str(tmp_path / "out")))
 
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)

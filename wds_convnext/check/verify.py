@@ -102,7 +102,10 @@ def verify(
     config = VerifyConfig.of(config, options)
     against = config.against
     splits = find_shard_splits(spec)
-    openers = find_openers(against) if against else {}
+    openers = {}
+    if against:
+        with Progress("list", unit="files", quiet=quiet) as progress:
+            openers = find_openers(against, progress.add).openers
     inputs = open_inputs(against, openers, splits) if against else {}
     with Workers(config.jobs) as workers:
         verdicts = [

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -10,9 +10,9 @@ from typing import Any
 
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
-from wds_convnext.conversion.opening import Source, find_class_names, open_splits
+from wds_convnext.conversion.opening import find_class_names, find_openers, open_splits
 from wds_convnext.conversion.report import SplitReport
-from wds_convnext.conversion.source import SourceSplit
+from wds_convnext.conversion.source import Count, Opener, SourceSplit
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.files import free_bytes
 from wds_convnext.pool import Workers
@@ -69,7 +69,7 @@ def convert(
     config = ShardsConfig.of(config, options)
     out = config.out
     try:
-        splits, left_out, class_names = _opened(source, config)
+        splits, left_out, class_names = _opened(source, config, quiet)
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
             c
@@ -90,21 +90,22 @@ def convert(
 Opened = tuple[list[SourceSplit], dict[str, str], tuple[str, ...]]
 
 
-def _opened(source: Any, config: ShardsConfig) -> Opened:
-    if not isinstance(source, str | os.PathLike):
-        return _open((source, config), lambda num, num_bytes: None)
-    # In a process that may die: some damaged files make pyarrow end its own.
-    with Workers(config.jobs) as workers:
+def _opened(source: Any, config: ShardsConfig, quiet: bool) -> Opened:
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    with Progress("list", unit="files", quiet=quiet) as progress:
+        found = find_openers(source, progress.add)
+    is_named = config.label_column is not None or not isinstance(source, str)
+    with Workers(config.jobs if found.may_die else 1) as workers:
         progress = Progress("open", quiet=True)
-        (opened,) = workers.run(_open, [(os.fspath(source), config)], progress=progress)
+        (opened,) = workers.run(_open, [(found.openers, config, is_named)], progress=progress)
     return opened
 
 
-def _open(task: tuple[Source, ShardsConfig], count: Callable[[int, int], None]) -> Opened:
+def _open(task: tuple[dict[str, Opener], ShardsConfig, bool], count: Count) -> Opened:
     """The splits of a source, those left out, and the class names."""
-    source, config = task
-    splits, left_out = open_splits(source, image=config.image_column, label=config.label_column)
-    is_named = config.label_column is not None or not isinstance(source, str)
+    openers, config, is_named = task
+    splits, left_out = open_splits(openers, image=config.image_column, label=config.label_column)
     names = find_class_names(splits, is_label_named=is_named)
     return splits, left_out, names
 

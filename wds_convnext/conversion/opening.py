@@ -3,22 +3,38 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wds_convnext.conversion.source import NoLabels, Opener, SourceSplit, as_array
-from wds_convnext.conversion.sources import folder, parquet
+from wds_convnext.conversion.source import Count, NoLabels, Opener, SourceSplit, as_array
+from wds_convnext.conversion.sources import folder, parquet, table
 from wds_convnext.door import read_head
 from wds_convnext.errors import DataError, UsageError, listing
 from wds_convnext.shards.classes import class_difference
 from wds_convnext.shards.naming import purpose
 from wds_convnext.shards.sniff import sniff
 
-# Each takes a source and gives its splits, or None if the source is not of its kind.
-KINDS: tuple[Callable[[str], dict[str, Opener] | None], ...] = (parquet.find, folder.find)
-ACCEPTED = "parquet files of images and labels, or a folder of class folders"
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source: `find` gives the splits of one, or None for a source of another kind.
+
+    Args:
+        may_die: whether its openers run native code that some damaged files make end the process.
+    """
+
+    find: Callable[[str, Count], dict[str, Opener] | None]
+    may_die: bool = False
+
+
+KINDS = (Kind(parquet.find, may_die=True), Kind(folder.find), Kind(table.find))
+ACCEPTED = (
+    "parquet files of images and labels, a folder of class folders, "
+    "or a CSV, TSV or JSON lines file of paths and labels"
+)
 
 Source = str | SourceSplit | Iterable[SourceSplit]
 
@@ -26,19 +42,29 @@ _MAX_CLASSES = 1_000_000
 _FEW_CLASSES = 8  # of so few, each may well have one row
 
 
-def find_openers(source: Source) -> dict[str, Opener]:
-    """The splits of a source by name, of whatever kind it is; nothing of them is read yet.
+@dataclass(frozen=True)
+class Found:
+    """The splits of a source by name, and whether opening them may end the process."""
 
+    openers: dict[str, Opener]
+    may_die: bool
+
+
+def find_openers(source: Source, count: Count) -> Found:
+    """The splits of a source, of whatever kind it is; no image or label of them is read yet.
+
+    Args:
+        count: called with the files that have been listed.
     Raises:
         UsageError: if the source is of no kind that is read.
     """
     if isinstance(source, SourceSplit):
         source = [source]
     if not isinstance(source, str):
-        return {split.name: _opener_of(split) for split in source}
-    for find in KINDS:
-        if openers := find(source):
-            return openers
+        return Found({split.name: _opener_of(split) for split in source}, may_die=False)
+    for kind in KINDS:
+        if openers := kind.find(source, count):
+            return Found(openers, kind.may_die)
     raise UsageError(f"{source}: {_found(source)}. Expected {ACCEPTED}.")
 
 
@@ -63,16 +89,15 @@ def _found(source: str) -> str:
 
 
 def open_splits(
-    source: Source | dict[str, Opener], *, image: str | None = None, label: str | None = None
+    openers: dict[str, Opener], *, image: str | None = None, label: str | None = None
 ) -> tuple[list[SourceSplit], dict[str, str]]:
     """The splits of a source, and by name why others are left out: no rows, or no labels.
 
     Raises:
-        UsageError: as `find_openers` and `find_columns`; also if the training split has no labels.
+        UsageError: as `find_columns`; also if the training split has no labels.
         DataError: if a file is damaged, or no split has a labelled row.
     """
     splits, left_out, first_refusal = [], {}, None
-    openers = source if isinstance(source, dict) else find_openers(source)
     for name, open_split in openers.items():
         try:
             split = open_split(image=image, label=label)
@@ -99,7 +124,7 @@ def open_splits(
         raise first_refusal
     if not splits:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise DataError(f"{source}: nothing to convert. {reasons}.")
+        raise DataError(f"nothing to convert: {reasons}.")
     return splits, left_out
 
 

@@ -6,9 +6,10 @@ A new kind of source is a file in `sources/` and a line in `opening.KINDS`:
    split is (its fields) and gives labels and rows of any range (its two methods). It is pickled
    into other processes, so it holds paths, not open files. A listing of names is a `names.Names`;
    a split that holds one overrides `part`, so that a process gets the names of its rows only.
-2. A function `find(source)` gives `{split name: opener}` for a source that is of this kind, and
-   None for any other. `opener(image=…, label=…)` returns the `SourceSplit`; image and label name
-   columns, or are None. It raises `NoLabels` for a split that has none.
+2. A function `find(source, count)` gives `{split name: opener}` for a source that is of this kind,
+   and None for any other. It calls `count(num, 0)` with files as it lists them, for the progress.
+   `opener(image=…, label=…)` returns the `SourceSplit`; image and label name columns, or are None.
+   It raises `NoLabels` for a split that has none.
 
 All the rest is the same for every source: class names, order, bad rows, shards, `verify --against`.
 
@@ -124,6 +125,7 @@ class SourceSplit(ABC):
         return file if number is None else f"row {number} of {file}"
 
 
+Count = Callable[[int, int], None]  # called with units and bytes that have been dealt with
 Opener = Callable[..., SourceSplit]  # called with image and label: names of columns, or None
 
 

@@ -1,9 +1,10 @@
-"""Which columns of a parquet file hold the images and the labels.
+"""Which columns of a table hold the images, or their paths, and the labels.
 
 One rule for both: the column that is named; else the one that Hugging Face's features state
 (`Image`, `ClassLabel`) or that is called as such columns usually are; else an error that lists the
-candidates. A column of bytes that is the only one holds the images; a number or a text that is the
-only one may be an identifier or a caption, so it is never taken for the label.
+candidates. A column of bytes that is the only one holds the images; where none holds bytes, a text
+of a usual name holds their paths. A number or a text that is the only one may be an identifier or a
+caption, so it is never taken for the label, except next to a path in a table of two columns.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,10 @@ from wds_convnext.errors import UsageError, did_you_mean
 
 # In order of preference.
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes")
+_PATH_NAMES = (
+    *("image", "img", "path", "file_name", "filename", "file", "image_path", "img_path"),
+    *("file_path", "filepath", "image_file", "image_name", "picture", "fname"),
+)
 _LABEL_NAMES = (
     *("label", "labels", "class", "target", "cls", "fine_label", "category", "y"),
     *("label_id", "class_id", "class_label", "label_idx", "class_idx", "class_name", "label_name"),
@@ -31,9 +36,10 @@ class Columns:
     image_is_struct: bool
     label: str
     class_names: tuple[str, ...] | None
+    image_is_path: bool = False
 
     def __str__(self) -> str:
-        kind = " (a struct)" if self.image_is_struct else ""
+        kind = " (a struct)" if self.image_is_struct else " (paths)" if self.image_is_path else ""
         return f"images in {self.image}{kind}, labels in {self.label}"
 
     @property
@@ -43,27 +49,41 @@ class Columns:
 
 
 def find_columns(
-    path: str, schema: pa.Schema, *, image: str | None = None, label: str | None = None
+    path: str,
+    schema: pa.Schema,
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    paths: Sequence[str] = (),
 ) -> Columns:
     """Which columns of a file hold the image and the label: as named, or by the rule above.
 
+    Args:
+        paths: columns that hold paths of images, as their content shows.
     Raises:
         UsageError: if a named column is missing or of another type, or none or several fit.
         NoLabels: if that is so of the label only.
     """
     features = _features(schema)
     images = [f.name for f in schema if _holds_images(f.type)]
+    texts = [f.name for f in schema if _is_text(f.type)]
+    is_path = bool(paths) or image in texts or not images
+    if is_path:
+        usual = [name for name in texts if name.lower() in _PATH_NAMES]
+        images = [image] if image in texts else [*paths] or usual
     image = _named(path, schema, "image", image, images) or _found(
-        images, features, "Image", _IMAGE_NAMES
+        images, features, "Image", _PATH_NAMES if is_path else _IMAGE_NAMES
     )
     if image is None and len(images) == 1:
         image = images[0]
     if image is None:
         raise UsageError(_refusal(path, schema, "image", images))
-    labels = [f.name for f in schema if _holds_labels(f.type)]
+    labels = [f.name for f in schema if _holds_labels(f.type) and f.name != image]
     label = _named(path, schema, "label", label, labels) or _found(
         labels, features, "ClassLabel", _LABEL_NAMES
     )
+    if label is None and is_path and len(schema) == 2 and len(labels) == 1:
+        (label,) = labels
     if label is None:
         raise NoLabels(_refusal(path, schema, "label", labels), reason="it has no label column")
     for name in (image, label):
@@ -75,6 +95,7 @@ def find_columns(
         pa.types.is_struct(schema.field(image).type),
         label,
         tuple(map(str, names)) if names and isinstance(names, list) else None,
+        is_path,
     )
 
 
@@ -150,7 +171,7 @@ def _refusal(path: str, schema: pa.Schema, role: str, fitting: Sequence[str]) ->
         problem = f"no column is called as labels are; {fitting[0]} may be something else"
     elif role == "image":
         problem = "no image column"
-        advice = "Images are encoded bytes, binary or a struct with bytes; paths are not followed."
+        advice = "Images are bytes (binary, or a struct with bytes) or paths of files (text)."
     else:
         problem = "no label column"
         advice = "Labels are integers or strings, one for each row."

@@ -8,54 +8,27 @@ folders below. Links are followed. A row is an image file, ordered by class, the
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
-from wds_convnext.conversion.names import Names
-from wds_convnext.conversion.source import NoLabels, Opener, RowBatch, SourceSplit, refuse_columns
-from wds_convnext.conversion.sources.images import read_files
+from wds_convnext.conversion.source import (
+    Count,
+    NoLabels,
+    Opener,
+    refuse_columns,
+)
+from wds_convnext.conversion.sources.images import FileSplit
 from wds_convnext.conversion.sources.listing import ClassListing, scan
+from wds_convnext.conversion.sources.table import tables_of
 from wds_convnext.errors import UsageError
 from wds_convnext.shards.naming import purpose
 
 _COLUMNS = ("files", "class folders")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FolderSplit(SourceSplit):
-    """Image files of class folders. `paths` (below `folder`) and `classes` are those of a part."""
-
-    folder: str
-    paths: Names
-    classes: np.ndarray  # int32, the class number of each path
-    first: int = 0  # the row of the first path
-
-    def labels(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        yield self._classes(start, stop)
-
-    def rows(self, start: int, stop: int) -> Iterator[RowBatch]:
-        return read_files(self._path, self._classes, start, stop)
-
-    def locate(self, row: int) -> tuple[str, None]:
-        return self.paths[row - self.first].decode(errors="backslashreplace"), None
-
-    def part(self, start: int, stop: int) -> Self:
-        paths = self.paths.part(start - self.first, stop - self.first)
-        return replace(self, paths=paths, classes=self._classes(start, stop), first=start)
-
-    def _path(self, row: int) -> bytes:
-        return os.path.join(os.fsencode(self.folder), self.paths[row - self.first])
-
-    def _classes(self, start: int, stop: int) -> np.ndarray:
-        return self.classes[start - self.first : stop - self.first]
-
-
-def find(source: str) -> dict[str, Opener] | None:
+def find(source: str, count: Count) -> dict[str, Opener] | None:
     """The splits of a folder that has images in class folders; None for any other source.
 
     Raises:
@@ -63,9 +36,12 @@ def find(source: str) -> dict[str, Opener] | None:
     """
     if not os.path.isdir(source):
         return None
-    listings = {name: ClassListing(folder) for name, folder in _split_folders(source).items()}
+    folders = _split_folders(source)
+    listings = {name: ClassListing(folder, count) for name, folder in folders.items()}
     found = {name for split in listings.values() for name, num in split.counts.items() if num}
     if not found:
+        return None
+    if len(found) == 1 and tables_of(source):  # images/ next to train.csv
         return None
     classes = tuple(sorted(found))
     _check_names(source, classes)
@@ -109,7 +85,7 @@ def _open(
     *,
     image: str | None = None,
     label: str | None = None,
-) -> FolderSplit:
+) -> FileSplit:
     refuse_columns(split.folder, _COLUMNS, image, label)
     if split.num_outside and not len(split.paths):
         raise NoLabels(
@@ -118,7 +94,7 @@ def _open(
         )
     numbers = {name: number for number, name in enumerate(classes)}
     counts = {numbers[name]: num for name, num in split.counts.items() if num}
-    return FolderSplit(
+    return FileSplit(
         name=name,
         num_rows=len(split.paths),
         num_bytes=split.num_bytes,
@@ -130,5 +106,5 @@ def _open(
         notes=split.notes(),
         folder=split.folder,
         paths=split.paths,
-        classes=np.repeat(np.array([*counts], np.int32), [*counts.values()]),
+        codes=np.repeat(np.array([*counts], np.int32), [*counts.values()]),
     )

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from wds_convnext.conversion.names import Names
-from wds_convnext.conversion.sources.images import has_image_suffix, is_image, is_visible
+from wds_convnext.conversion.source import Count
+from wds_convnext.conversion.sources.images import file_size, has_image_suffix, is_image, is_visible
 from wds_convnext.errors import UsageError, listing
 
 
@@ -39,8 +40,9 @@ class ClassListing:
         num_outside: images that are in no class folder, so that they have no label.
     """
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, count: Count):
         self.folder = folder
+        self._count = count
         self.counts: dict[str, int] = {}
         self.num_bytes = 0
         self._digest = hashlib.sha256()
@@ -71,12 +73,13 @@ class ClassListing:
             return
         folders, files = scan(folder)
         for name in self._images(folder, files):
-            yield f"{below}/{name}", _size(f"{folder}/{name}")
+            yield f"{below}/{name}", file_size(f"{folder}/{name}")
         del files
         for name in folders:
             yield from self._walk(f"{below}/{name}", (*above, place))
 
     def _images(self, folder: str, files: list[str]) -> Iterator[str]:
+        self._count(len(files), 0)
         for name in files:
             if has_image_suffix(name) or is_image(os.path.join(folder, name)):
                 yield name
@@ -100,10 +103,3 @@ class ClassListing:
         if self._num_below:
             notes.append(f"{self._num_below:,} images are in folders below class folders")
         return tuple(notes)
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # a link to nothing: a row that cannot be read
-        return 0

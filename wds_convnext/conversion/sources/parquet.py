@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
 
-from wds_convnext.conversion.source import Opener, RowBatch, SourceSplit
+from wds_convnext.conversion.source import Count, Opener, RowBatch, SourceSplit
+from wds_convnext.conversion.sources.images import FileSplit, file_split
 from wds_convnext.conversion.sources.parquet_files import find_splits, names_parquet
 from wds_convnext.conversion.sources.parquet_part import (
     ParquetPart,
@@ -27,11 +28,12 @@ from wds_convnext.errors import DataError
 from wds_convnext.shards.classes import class_difference
 
 
-def find(source: str) -> dict[str, Opener] | None:
+def find(source: str, count: Count) -> dict[str, Opener] | None:
     """The splits of the parquet files that a source names, see `parquet_files.find_splits`."""
     if not names_parquet(source):
         return None
     splits = find_splits(source)
+    count(sum(map(len, splits.values())), 0)
     return {name: partial(open_split, name, paths) for name, paths in splits.items()}
 
 
@@ -68,8 +70,10 @@ class ParquetSplit(SourceSplit):
 
 def open_split(
     name: str, paths: list[str], *, image: str | None = None, label: str | None = None
-) -> ParquetSplit:
+) -> ParquetSplit | FileSplit:
     """Read the footers of a split's files, and find their image and label columns.
+
+    Where the images' column holds paths, the rows are those files.
 
     Raises:
         DataError: if a file is not parquet, is cut short, or differs from the others.
@@ -88,16 +92,40 @@ def open_split(
     # The names and footers (statistics, offsets) of the files identify the input.
     facts = [(os.path.basename(part.path), part.footer_sha256) for part in parts]
     folder = Path(paths[0]).absolute().parent
+    dataset = (folder.parent if folder.name == "data" else folder).name
+    columns = (first.image, first.label)
+    if parts and all(part.holds_paths for part in parts if part.num_rows):
+        split = file_split(_paths_and_labels(parts), folder=os.path.dirname(paths[0]), name=name)
+        return replace(
+            split,
+            dataset=dataset,
+            files=tuple(paths),
+            columns=columns,
+            class_names=first.class_names,
+        )
     return ParquetSplit(
         name=name,
         num_rows=sum(part.num_rows for part in parts),
         num_bytes=sum(sum(part.group_bytes) for part in parts),
         digest=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
-        dataset=(folder.parent if folder.name == "data" else folder).name,
+        dataset=dataset,
         files=tuple(paths),
-        columns=(first.image, first.label),
+        columns=columns,
         class_names=first.class_names,
         file_starts=(0, *accumulate(part.num_rows for part in parts)),
         read_starts=(0, *accumulate(rows for part in parts for rows in part.group_rows)),
         parts=parts,
     )
+
+
+def _paths_and_labels(parts: Iterable[ParquetPart]) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """The paths and the labels of all rows, in chunks."""
+    for part in parts:
+        columns = part.columns
+        leaf = f"{columns.image}.path" if columns.image_is_struct else columns.image
+        if part.num_rows:
+            leaves = [leaf, columns.label]
+            for _, batch in read_part(part, leaves, 0, part.num_rows, batch_size=1 << 16):
+                paths = batch.column(columns.image)
+                paths = paths.field("path") if columns.image_is_struct else paths
+                yield paths, batch.column(columns.label)

@@ -36,6 +36,7 @@ class ParquetPart:
     group_rows: tuple[int, ...]
     group_bytes: tuple[int, ...]
     footer_sha256: str
+    holds_paths: bool = False  # in place of encoded images
 
     @property
     def num_rows(self) -> int:
@@ -77,7 +78,14 @@ def open_part(path: str, *, image: str | None = None, label: str | None = None) 
                 f"{chunk.total_compressed_size:,} bytes of images unpack to "
                 f"{chunk.total_uncompressed_size:,}, as no encoded images do",
             )
-    return ParquetPart(path, columns, group_rows, group_bytes, footer)
+    has_path = columns.image_is_struct and f"{columns.image}.path" in leaves
+    holds_paths = columns.image_is_path or (has_path and all(map(_is_null, chunks)))
+    return ParquetPart(path, columns, group_rows, group_bytes, footer, holds_paths)
+
+
+def _is_null(chunk: pq.ColumnChunkMetaData) -> bool:
+    """Whether every value of a column in a row group is null, as its statistics say."""
+    return chunk.is_stats_set and chunk.statistics.null_count == chunk.num_values
 
 
 def unreadable(path: str, error: Exception | str) -> DataError:
