@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DoctorConfig,
         EvalConfig,
         ExplainConfig,
+        ExportConfig,
         IndexConfig,
         InspectConfig,
         PredictConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from wds_convnext.conversion import convert
     from wds_convnext.errors import WdsConvnextError
     from wds_convnext.report.classifier import Classifier, Guess, Prediction, load_classifier
+    from wds_convnext.report.export import export
     from wds_convnext.report.predict import predict
     from wds_convnext.shards.dataset import Dataset, Sample
     from wds_convnext.shards.opening import open_dataset
@@ -53,6 +55,7 @@ _MODULES = {
         "DoctorConfig",
         "EvalConfig",
         "ExplainConfig",
+        "ExportConfig",
         "IndexConfig",
         "InspectConfig",
         "PredictConfig",
@@ -63,6 +66,7 @@ _MODULES = {
     "conversion": ["convert"],
     "errors": ["WdsConvnextError"],
     "report.classifier": ["Classifier", "Guess", "Prediction", "load_classifier"],
+    "report.export": ["export"],
     "report.predict": ["predict"],
     "shards.dataset": ["Dataset", "Sample"],
     "shards.opening": ["open_dataset"],

@@ -1,11 +1,11 @@
-"""Commands that use a trained model: predict."""
+"""Commands that use a trained model: predict and export."""
 
 import sys
 from typing import Any
 
 import click
 
-from wds_convnext.config import PredictConfig
+from wds_convnext.config import ExportConfig, PredictConfig
 from wds_convnext.options import GroupedCommand, add_options
 
 
@@ -39,3 +39,28 @@ def predict(model: str, images: tuple[str, ...], **options: Any) -> None:
     if report.num_bad or config.out is not None:
         click.echo(report, err=config.out is None)
     sys.exit(1 if report.num_bad else 0)
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext export runs/big --to exported
+wds-convnext export runs/big --to exported --onnx --pt2 --shards data/test.json
+""",
+)
+@click.argument("run")
+@add_options(ExportConfig)
+def export(run: str, **options: Any) -> None:
+    """Write a model as files that others load, after comparing them with it.
+
+    RUN is a run's folder (its best checkpoint) or a checkpoint. The folder has model.safetensors
+    and config.json as on the Hugging Face Hub, and a model card, README.md.
+    """
+    config = ExportConfig(**options)
+    config.require_target()
+    from wds_convnext.training.runs import best_checkpoint
+
+    named = str(best_checkpoint(run))  # looked for before torch is imported, which takes seconds
+    from wds_convnext.report.export import export as export_model
+
+    click.echo(export_model(named, config))

@@ -9,7 +9,7 @@ from wds_convnext.config.data import (
     VerifyConfig,
 )
 from wds_convnext.config.fields import ByteSize, Config, option
-from wds_convnext.config.models import PredictConfig
+from wds_convnext.config.models import ExportConfig, PredictConfig
 from wds_convnext.config.runs import EvalConfig, ExplainConfig
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
@@ -29,6 +29,7 @@ __all__ = [
     "DoctorConfig",
     "EvalConfig",
     "ExplainConfig",
+    "ExportConfig",
     "IndexConfig",
     "InspectConfig",
     "PredictConfig",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import click
 
 from wds_convnext.config.fields import COUNT, WORKERS, Config, option
+from wds_convnext.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,36 @@ class PredictConfig(UseConfig):
         is_output=True,
     )
     json: bool = option(False, "Print a JSON object per image, not a table.", group="Output")
+
+
+@dataclass(frozen=True)
+class ExportConfig(UseConfig):
+    """Which files `wds-convnext export` writes, and what they are compared on."""
+
+    to: str | None = option(
+        None, "Folder for the files; a new one.", group="Output", is_output=True
+    )
+    onnx: bool = option(False, "Also model.onnx (needs the extra onnx).", group="Output")
+    pt2: bool = option(False, "Also model.pt2, of torch.export.", group="Output")
+    overwrite: bool = option(False, "Replace an export that is there.", group="Output")
+    shards: str | None = option(
+        None,
+        "Shards to evaluate and compare on. Default: those that the run was validated on.",
+        group="Comparison",
+    )
+    num_checked: int = option(
+        500,
+        "Images that the files are compared with the run on, evenly spread; on the CPU.",
+        group="Comparison",
+        type=COUNT,
+    )
+
+    def require_target(self) -> str:
+        """The folder.
+
+        Raises:
+            UsageError: if none is given.
+        """
+        if self.to is None:
+            raise UsageError("--to is missing. Name a folder for the files.")
+        return self.to
