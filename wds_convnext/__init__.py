@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         VerifyConfig,
     )
     from wds_convnext.conversion import convert
+    from wds_convnext.conversion.source import RowBatch, SourceSplit
     from wds_convnext.errors import WdsConvnextError
     from wds_convnext.report.classifier import Classifier, Guess, Prediction, load_classifier
     from wds_convnext.report.export import export
@@ -64,6 +65,7 @@ _MODULES = {
         "VerifyConfig",
     ],
     "conversion": ["convert"],
+    "conversion.source": ["RowBatch", "SourceSplit"],
     "errors": ["WdsConvnextError"],
     "report.classifier": ["Classifier", "Guess", "Prediction", "load_classifier"],
     "report.export": ["export"],

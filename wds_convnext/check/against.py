@@ -16,10 +16,17 @@ import numpy as np
 
 from wds_convnext.check.problems import Problem, shorten
 from wds_convnext.check.splits import ShardSplit
+from wds_convnext.conversion.fraction import Fractions, SelectedRows, divide
 from wds_convnext.conversion.layout import unit_edges
 from wds_convnext.conversion.opening import open_splits
 from wds_convnext.conversion.shrink import AS_STORED, SOURCE, digest_image
-from wds_convnext.conversion.source import UNLABELLED, Opener, SourceSplit, label_numbers
+from wds_convnext.conversion.source import (
+    UNLABELLED,
+    Opener,
+    SourceSplit,
+    label_numbers,
+    read_rows,
+)
 from wds_convnext.conversion.staging import read_bad_rows
 from wds_convnext.errors import DataError, ShardError, UsageError
 from wds_convnext.pool import Workers
@@ -37,18 +44,25 @@ DIGEST = np.dtype([("row", np.int64), ("image", np.uint64), ("label", np.int32)]
 
 
 def open_inputs(
-    source: str, openers: dict[str, Opener], splits: list[ShardSplit]
+    source: str,
+    openers: dict[str, Opener],
+    splits: list[ShardSplit],
+    *,
+    workers: Workers,
+    quiet: bool = False,
 ) -> dict[str, SourceSplit]:
     """The input of each split of shards that has a manifest.
 
     Args:
         source: what the input is called.
         openers: its splits.
+        workers: hash the images of a split that was divided by fractions.
 
     Raises:
         UsageError: if a split was not converted, is named in part, or has no files in the source.
     """
-    inputs = {}
+    inputs: dict[str, SourceSplit] = {}
+    divided: dict[tuple, dict[str, SelectedRows]] = {}
     for split in splits:
         if split.manifest_error or split.is_interrupted:
             continue  # a problem already
@@ -56,13 +70,27 @@ def open_inputs(
             raise UsageError(f"{split.manifest_path}: no manifest, so not made by a conversion.")
         if not split.is_whole:
             raise UsageError(f"--against compares whole splits. Name {split.manifest_path}.")
-        if split.name not in openers:
+        selection = split.manifest.options.get("selection") or {}
+        name = selection.get("of", split.name)
+        if name not in openers:
             raise UsageError(
-                f"--against {source}: holds the splits {', '.join(openers)}, not {split.name}. "
+                f"--against {source}: holds the splits {', '.join(openers)}, not {name}. "
                 "Name the folder that was converted, or fewer shards."
             )
         image, label = split.manifest.options.get("columns") or (None, None)
-        inputs[split.name] = openers[split.name](image=image, label=label)
+        if not selection:
+            inputs[name] = openers[name](image=image, label=label)
+            continue
+        fractions = Fractions(selection["val"], selection["test"])
+        if (name, fractions) not in divided:
+            base = openers[name](image=image, label=label)
+            divided[name, fractions] = divide(base, fractions, workers=workers, quiet=quiet)
+        if split.name not in divided[name, fractions]:
+            raise UsageError(
+                f"--against {source}: by its images' hashes no row of {name} is in {split.name}. "
+                "Name the source that was converted."
+            )
+        inputs[split.name] = divided[name, fractions][split.name]
     return inputs
 
 
@@ -83,7 +111,7 @@ def compare_with_input(
     Shards that are missing or cannot be read hold nothing here.
     """
     manifest = split.manifest
-    assert manifest is not None  # `find_inputs` refuses a split without one
+    assert manifest is not None  # `open_inputs` refuses a split without one
     names = manifest.class_names
     stated = source.class_names
     if stated and (difference := class_difference(names, stated)):
@@ -94,7 +122,8 @@ def compare_with_input(
         what = f"missing, or not {SOURCE.size} bytes a sample"
         advice = "what was shrunk cannot be compared. Copy it again, or convert again"
         return [Problem(sources, f"{what}; without it {advice}")], []
-    left_out = [row for row in _rows_left_out(split) if row in range(source.num_rows)]
+    listed = np.array(_rows_left_out(split), np.int64)
+    left_out = [row for row in source.rows_with(listed).tolist() if row >= 0]
 
     paths = [path for path in split.present if path in split.listed]
     firsts = {
@@ -150,12 +179,13 @@ def _differences(
     path: str, digests: np.ndarray, expected: np.ndarray, seen: np.ndarray, source: SourceSplit
 ) -> Iterator[Problem]:
     """Compare one shard's samples with their rows; counts them in `seen`."""
-    for row, image, label in digests.tolist():
-        if not 0 <= row < len(expected):
-            where = "a key that is no number" if row == _NO_ROW else f"key {row:09d}"
+    rows = source.rows_with(digests["row"]).tolist()
+    for row, (number, image, label) in zip(rows, digests.tolist()):
+        key = f"key {number:09d}"
+        if row < 0:
+            where = "a key that is no number" if number == _NO_ROW else key
             yield Problem(path, f"{where}: no row of the input, which has {len(expected):,}")
             continue
-        key = f"key {row:09d}"
         seen[row] += 1
         if seen[row] > 1:
             yield Problem(path, f"{key}: comes {seen[row]} times")
@@ -233,7 +263,7 @@ def digest_rows(
 ) -> tuple[np.ndarray, list[int]]:
     """Row, image digest and label of each row, DIGEST, and the rows left out that are usable."""
     digests, usable = [], []
-    for batch in task.source.rows(task.start, task.stop):
+    for batch in read_rows(task.source, task.start, task.stop):
         num_bytes = 0
         labels = label_numbers(batch.labels, task.class_names).tolist()
         for row, (image, label) in enumerate(zip(batch.images, labels), start=batch.first_row):

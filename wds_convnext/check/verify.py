@@ -7,6 +7,7 @@ found is listed and does not stop the search; the report is empty only if everyt
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,12 @@ class VerifyReport:
 
 
 def verify(
-    spec: str, config: VerifyConfig | None = None, *, quiet: bool = False, **options: Any
+    spec: str,
+    config: VerifyConfig | None = None,
+    *,
+    source: SourceSplit | Iterable[SourceSplit] | None = None,
+    quiet: bool = False,
+    **options: Any,
 ) -> VerifyReport:
     """Compare shards with their manifests, their sidecars and, if given, their input.
 
@@ -91,6 +97,7 @@ def verify(
     Args:
         spec: as for training; a folder stands for all splits in it.
         config: what to compare.
+        source: a source of one's own, as it was given to `convert`, in place of `against`.
         options: fields of `VerifyConfig` by name: `deep=True, against="pictures"`.
             By default there is a process per CPU core, so that a script has to call this under
             `if __name__ == "__main__":`, or with `jobs=1`.
@@ -100,14 +107,16 @@ def verify(
     """
     started = time.monotonic()
     config = VerifyConfig.of(config, options)
-    against = config.against
+    against = "the source" if source is not None else config.against
     splits = find_shard_splits(spec)
     openers = {}
     if against:
         with Progress("list", unit="files", quiet=quiet) as progress:
-            openers = find_openers(against, progress.add).openers
-    inputs = open_inputs(against, openers, splits) if against else {}
+            openers = find_openers(against if source is None else source, progress.add).openers
     with Workers(config.jobs) as workers:
+        inputs = {}
+        if against:
+            inputs = open_inputs(against, openers, splits, workers=workers, quiet=quiet)
         verdicts = [
             _verify_split(
                 split, inputs.get(split.name), deep=config.deep, workers=workers, quiet=quiet

@@ -11,6 +11,7 @@ from wds_convnext.config.fields import (
     POSITIVE,
     QUALITY,
     SEED,
+    SHARE,
     WORKERS,
     ByteSize,
     Config,
@@ -60,6 +61,16 @@ class ShardsConfig(Config):
         "name (label, target, class, cls, …).",
         group="Input",
     )
+    val_fraction: float | None = option(
+        None,
+        "Take about this share of the training split for a split called validation, chosen by a "
+        "hash of each image.",
+        group="Input",
+        type=SHARE,
+    )
+    test_fraction: float | None = option(
+        None, "The same for a split called test.", group="Input", type=SHARE
+    )
     check: str = option(
         "header",
         "Look at each image's header, or decode it whole.",
@@ -105,6 +116,11 @@ class ShardsConfig(Config):
         given = [flag_of(name) for name in sizes if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other. Give one.")
+        if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
+            raise UsageError(
+                f"--val-fraction {self.val_fraction} and --test-fraction {self.test_fraction}: "
+                "nothing is left for training. Give less."
+            )
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class ByteSize(click.ParamType):
 
 
 FRACTION = FiniteRange(0, 1)
+SHARE = FiniteRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
 NON_NEGATIVE = FiniteRange(min=0)
 POSITIVE = FiniteRange(min=0, min_open=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
+from wds_convnext.conversion.fraction import Fractions, choose_base, divide, with_counts
 from wds_convnext.conversion.opening import find_class_names, find_openers, open_splits
 from wds_convnext.conversion.report import SplitReport
 from wds_convnext.conversion.source import Count, Opener, SourceSplit
@@ -70,6 +71,8 @@ def convert(
     out = config.out
     try:
         splits, left_out, class_names = _opened(source, config, quiet)
+        if config.val_fraction or config.test_fraction:
+            splits = _divided(splits, class_names, config, quiet)
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
             c
@@ -108,6 +111,18 @@ def _open(task: tuple[dict[str, Opener], ShardsConfig, bool], count: Count) -> O
     splits, left_out = open_splits(openers, image=config.image_column, label=config.label_column)
     names = find_class_names(splits, is_label_named=is_named)
     return splits, left_out, names
+
+
+def _divided(
+    splits: list[SourceSplit], class_names: tuple[str, ...], config: ShardsConfig, quiet: bool
+) -> list[SourceSplit]:
+    """The splits, with validation and test taken from the training split."""
+    fractions = Fractions(config.val_fraction or 0.0, config.test_fraction or 0.0)
+    base = choose_base(splits, fractions)
+    with Workers(config.jobs) as workers:
+        parts = divide(base, fractions, workers=workers, quiet=quiet)
+    counted: list[SourceSplit] = [with_counts(part, class_names) for part in parts.values()]
+    return counted + [split for split in splits if split is not base]
 
 
 def _check_space(out: str, needed: int) -> None:

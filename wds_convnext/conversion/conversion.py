@@ -150,7 +150,17 @@ class Conversion:
             "shuffle": self.config.shuffle,
             "seed": self.config.seed if self.config.shuffle else None,
             "check": self.config.check,
-        } | ({"shrink": self.shrink.identity} if self.shrink else {})
+        } | self._identity_if_set
+
+    @property
+    def _identity_if_set(self) -> dict:
+        """Keys of options that came later: a folder of before has none, and stays complete."""
+        keys = {}
+        if self.shrink:
+            keys["shrink"] = self.shrink.identity
+        if self.split.selection:
+            keys["selection"] = self.split.selection
+        return keys
 
     def _in_order(self) -> list[dict]:
         tasks = [
@@ -233,7 +243,7 @@ class Conversion:
         lines = []
         for row, reason in self.bad:
             file, row_in_file = self.split.locate(row)
-            place = {"row": row, "file": file}
+            place = {"row": self.split.key(row), "file": file}
             if row_in_file is not None:
                 place["row_in_file"] = row_in_file
             lines.append(json.dumps(place | {"reason": reason}) + "\n")

@@ -12,7 +12,7 @@ import numpy as np
 from wds_convnext.conversion.records import recorded
 from wds_convnext.conversion.scatter import Scatter, ranks_in_class
 from wds_convnext.conversion.shrink import AS_STORED, Shrink, Shrunk, digest_image
-from wds_convnext.conversion.source import UNLABELLED, SourceSplit, label_numbers
+from wds_convnext.conversion.source import UNLABELLED, SourceSplit, label_numbers, read_rows
 from wds_convnext.conversion.spill import SpillWriter, read_spilled
 from wds_convnext.conversion.tarwriter import ShardWriter
 from wds_convnext.errors import DataError
@@ -60,7 +60,7 @@ class UsableRow(NamedTuple):
 
 def usable_rows(rows: Rows, findings: Findings, count: Count) -> Iterator[UsableRow]:
     """The usable rows of a range; the others go to `findings`."""
-    for batch in rows.split.rows(rows.start, rows.stop):
+    for batch in read_rows(rows.split, rows.start, rows.stop):
         num_bytes = 0
         labels = label_numbers(batch.labels, rows.class_names).tolist()
         for row, (image, label) in enumerate(zip(batch.images, labels), start=batch.first_row):
@@ -101,7 +101,8 @@ class CopyRows:
         findings = Findings()
         with _writer(self) as writer:
             for row, image, label, extension, source in usable_rows(self.rows, findings, count):
-                writer.write(f"{row:09d}", image, extension=extension, label=label, source=source)
+                key = f"{self.rows.split.key(row):09d}"
+                writer.write(key, image, extension=extension, label=label, source=source)
         return writer.record() | findings.record()
 
 
@@ -123,6 +124,10 @@ def usable_labels(rows: Rows) -> np.ndarray:
     """The class number of each row, int64; UNLABELLED where it is unusable or excluded."""
     chunks = rows.split.labels(rows.start, rows.stop)
     labels = np.concatenate([label_numbers(chunk, rows.class_names) for chunk in chunks])
+    if len(labels) != rows.stop - rows.start:
+        raise DataError(
+            f"{len(labels)} labels of {rows.split.name} for {rows.stop - rows.start} rows."
+        )
     labels[[row - rows.start for row in rows.excluded if rows.start <= row < rows.stop]] = (
         UNLABELLED
     )
@@ -152,7 +157,7 @@ class SpillRows:
                     image,
                     shard=shards[row - self.rows.start],
                     place=places[row - self.rows.start],
-                    row=row,
+                    row=self.rows.split.key(row),
                     label=label,
                     extension=extension,
                     source=source,

@@ -110,6 +110,19 @@ class SourceSplit(ABC):
         """The name of the file that holds a row, and the row's number in it if it has others."""
         return self.name, row
 
+    def key(self, row: int) -> int:
+        """The number that a sample's key states; of a view of another split the row there."""
+        return row
+
+    def rows_with(self, keys: np.ndarray) -> np.ndarray:
+        """The rows that have these keys, int64; -1 where there is none."""
+        return np.where((keys >= 0) & (keys < self.num_rows), keys, -1)
+
+    @property
+    def selection(self) -> dict | None:
+        """How the split was made of another one; None if it is as the source has it."""
+        return None
+
     def part(self, start: int, stop: int) -> Self:
         """The same split for a process that reads rows of [start, stop) only; may hold less."""
         return self
@@ -127,6 +140,27 @@ class SourceSplit(ABC):
 
 Count = Callable[[int, int], None]  # called with units and bytes that have been dealt with
 Opener = Callable[..., SourceSplit]  # called with image and label: names of columns, or None
+
+
+def read_rows(split: SourceSplit, start: int, stop: int) -> Iterator[RowBatch]:
+    """Rows [start, stop) of a split, as its `rows` gives them, if they are all there and in order.
+
+    Raises:
+        DataError: if they are not, and what `rows` raises.
+    """
+    row = start
+    for batch in split.rows(start, stop):
+        if batch.first_row != row or len(batch.labels) != len(batch.images):
+            raise DataError(
+                f"row {row} of {split.name} was expected, and row {batch.first_row} came, "
+                f"{len(batch.images)} images and {len(batch.labels)} labels."
+            )
+        yield batch
+        row += len(batch.images)
+    if row != stop:
+        raise DataError(
+            f"rows {start} to {stop} of {split.name} were asked for, and those up to {row} came."
+        )
 
 
 def refuse_columns(
