@@ -33,3 +33,7 @@ class Names:
         """The names [start, stop), numbered from 0."""
         ends = self.ends[start : stop + 1]
         return type(self)(self.content[ends[0] : ends[-1]], ends - ends[0])
+
+    def take(self, order: np.ndarray) -> Self:
+        """The names of these numbers, in this order."""
+        return self.of(self[number] for number in order.tolist())

@@ -20,7 +20,7 @@ from wds_convnext.conversion.source import (
     refuse_columns,
 )
 from wds_convnext.conversion.sources.images import FileSplit
-from wds_convnext.conversion.sources.listing import ClassListing, scan
+from wds_convnext.conversion.sources.listing import ClassListing, Disk, Tree
 from wds_convnext.conversion.sources.table import tables_of
 from wds_convnext.errors import UsageError
 from wds_convnext.shards.naming import purpose
@@ -36,29 +36,45 @@ def find(source: str, count: Count) -> dict[str, Opener] | None:
     """
     if not os.path.isdir(source):
         return None
-    folders = _split_folders(source)
-    listings = {name: ClassListing(folder, count) for name, folder in folders.items()}
+    own = Path(source).absolute().name
+    listings = list_splits(source, own, Disk(), count)
+    classes = find_classes(source, listings)
+    if not classes:
+        return None
+    if len(classes) == 1 and tables_of(source):  # images/ next to train.csv
+        return None
+    return {
+        name: partial(open_listed, name, split, classes, own) for name, split in listings.items()
+    }
+
+
+def list_splits(source: str, own: str, tree: Tree, count: Count) -> dict[str, ClassListing]:
+    """The images of each split of a folder; `own` is the folder's name."""
+    folders = _split_folders(source, own, tree)
+    return {name: ClassListing(folder, tree, count) for name, folder in folders.items()}
+
+
+def find_classes(source: str, listings: dict[str, ClassListing]) -> tuple[str, ...]:
+    """The classes of all splits together, sorted.
+
+    Raises:
+        UsageError: if names cannot be told apart.
+    """
     found = {name for split in listings.values() for name, num in split.counts.items() if num}
-    if not found:
-        return None
-    if len(found) == 1 and tables_of(source):  # images/ next to train.csv
-        return None
     classes = tuple(sorted(found))
     _check_names(source, classes)
-    dataset = Path(source).absolute().name
-    return {name: partial(_open, name, split, classes, dataset) for name, split in listings.items()}
+    return classes
 
 
-def _split_folders(source: str) -> dict[str, str]:
+def _split_folders(source: str, own: str, tree: Tree) -> dict[str, str]:
     """The folder of each split: those named for a use that have folders, else the source."""
-    folders, _ = scan(source)
+    folders, _ = tree.scan(source)
     named = [name for name in folders if purpose(name.lower())]
     if len(named) < len(folders):  # `test_tube` next to `beaker` is a class
         named = [name for name in named if name.isalpha()]
     splits = {re.sub(r"[^\w-]", "_", name): os.path.join(source, name) for name in named}
-    if any(scan(folder)[0] for folder in splits.values()):
+    if any(tree.scan(folder)[0] for folder in splits.values()):
         return splits
-    own = Path(source).absolute().name
     return {own if own.isalpha() and purpose(own.lower()) else "train": source}
 
 
@@ -77,7 +93,7 @@ def _check_names(source: str, classes: tuple[str, ...]) -> None:
             )
 
 
-def _open(
+def open_listed(
     name: str,
     split: ClassListing,
     classes: tuple[str, ...],
@@ -86,6 +102,11 @@ def _open(
     image: str | None = None,
     label: str | None = None,
 ) -> FileSplit:
+    """A split whose images are listed.
+
+    Raises:
+        NoLabels: if none is in a class folder.
+    """
     refuse_columns(split.folder, _COLUMNS, image, label)
     if split.num_outside and not len(split.paths):
         raise NoLabels(

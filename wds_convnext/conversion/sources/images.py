@@ -101,18 +101,23 @@ class FileSplit(SourceSplit):
             yield self._labels(begin, min(begin + _LABELS, stop))
 
     def rows(self, start: int, stop: int) -> Iterator[RowBatch]:
-        folder = os.fsencode(self.folder)
         images: list[bytes | DataError] = []
         num_bytes = 0
         for row in range(start, stop):
-            path = self.paths[row - self.first]
-            image = read_image(os.path.join(folder, path)) if path else DataError("has no path")
+            image = self.read(row)
             images.append(image)
             num_bytes += 0 if isinstance(image, DataError) else len(image)
             if num_bytes >= BATCH_BYTES or len(images) == MAX_BATCH or row == stop - 1:
                 first = row + 1 - len(images)
                 yield RowBatch(first, images, self._labels(first, row + 1))
                 images, num_bytes = [], 0
+
+    def read(self, row: int) -> bytes | DataError:
+        """The image of a row, or why it has none."""
+        path = self.paths[row - self.first]
+        if not path:
+            return DataError("has no path")
+        return read_image(os.path.join(os.fsencode(self.folder), path))
 
     def locate(self, row: int) -> tuple[str, None]:
         return self.paths[row - self.first].decode(errors="backslashreplace"), None

@@ -1,9 +1,13 @@
-"""The image files below class folders, listed in little memory, and what else stands there."""
+"""The image files below class folders, listed in little memory, and what else stands there.
+
+The folders are those of a disk, or of an archive (`places.Tree`): the rules are the same.
+"""
 
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import Protocol
 
 from wds_convnext.conversion.names import Names
 from wds_convnext.conversion.source import Count
@@ -29,6 +33,38 @@ def scan(folder: str) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(files)
 
 
+class Tree(Protocol):
+    """Folders of files; those that are hidden are left out."""
+
+    def scan(self, folder: str) -> tuple[list[str], list[str]]:
+        """The names of the folders and of the files in a folder, each sorted."""
+
+    def size(self, path: str) -> int: ...
+
+    def is_image(self, path: str) -> bool:
+        """Whether a file is an image by its name, or else by its first bytes."""
+
+    def identity(self, folder: str) -> object:
+        """Tells folders apart, also where a link leads to one of another name."""
+
+
+class Disk:
+    """The folders of the file system."""
+
+    def scan(self, folder: str) -> tuple[list[str], list[str]]:
+        return scan(folder)
+
+    def size(self, path: str) -> int:
+        return file_size(path)
+
+    def is_image(self, path: str) -> bool:
+        return is_image(path)
+
+    def identity(self, folder: str) -> tuple[int, int]:
+        facts = os.stat(folder)
+        return facts.st_dev, facts.st_ino
+
+
 class ClassListing:
     """The images of a split: those in its class folders and in all folders below.
 
@@ -40,8 +76,9 @@ class ClassListing:
         num_outside: images that are in no class folder, so that they have no label.
     """
 
-    def __init__(self, folder: str, count: Count):
+    def __init__(self, folder: str, tree: Tree, count: Count):
         self.folder = folder
+        self._tree = tree
         self._count = count
         self.counts: dict[str, int] = {}
         self.num_bytes = 0
@@ -49,7 +86,7 @@ class ClassListing:
         self._other: Counter[str] = Counter()  # files that are no images, by suffix
         self._first_other = ""
         self._num_below = 0  # images in folders below class folders
-        folders, files = scan(folder)
+        folders, files = tree.scan(folder)
         self.num_outside = sum(1 for _ in self._images(folder, files))
         self.paths = Names.of(path for name in folders for path in self._class(name))
         self.digest = self._digest.hexdigest()[:16]
@@ -64,16 +101,15 @@ class ClassListing:
             self._digest.update(b"%s\0%d\0" % (encoded, num_bytes))
             yield encoded
 
-    def _walk(self, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    def _walk(self, below: str, above: tuple[object, ...]) -> Iterator[tuple[str, int]]:
         """Path and size of each image in a folder and below; a link to a folder above is not
         followed."""
         folder = os.path.join(self.folder, below)
-        facts = os.stat(folder)
-        if (place := (facts.st_dev, facts.st_ino)) in above:
+        if (place := self._tree.identity(folder)) in above:
             return
-        folders, files = scan(folder)
+        folders, files = self._tree.scan(folder)
         for name in self._images(folder, files):
-            yield f"{below}/{name}", file_size(f"{folder}/{name}")
+            yield f"{below}/{name}", self._tree.size(f"{folder}/{name}")
         del files
         for name in folders:
             yield from self._walk(f"{below}/{name}", (*above, place))
@@ -81,7 +117,7 @@ class ClassListing:
     def _images(self, folder: str, files: list[str]) -> Iterator[str]:
         self._count(len(files), 0)
         for name in files:
-            if has_image_suffix(name) or is_image(os.path.join(folder, name)):
+            if has_image_suffix(name) or self._tree.is_image(os.path.join(folder, name)):
                 yield name
             else:
                 self._other[os.path.splitext(name)[1].lower() or "no suffix"] += 1
