@@ -94,7 +94,9 @@ def test_a_compressed_tar_gives_the_bytes_of_the_plain_one(folder, tmp_path, suf
         shards_of(packed, tmp_path / f"packed-{name}", **options)
 
         assert tars_of(tmp_path / f"packed-{name}") == tars_of(tmp_path / f"plain-{name}")
-    assert not verify(str(tmp_path / f"packed-{name}"), against=str(packed), jobs=1, quiet=True).problems
+    assert not verify(
+        str(tmp_path / f"packed-{name}"), against=str(packed), jobs=1, quiet=True
+    ).problems
 
 
 def test_damaged_members_are_listed_and_left_out_on_request(folder, tmp_path):
@@ -113,9 +115,10 @@ def test_damaged_members_are_listed_and_left_out_on_request(folder, tmp_path):
 
 def test_of_two_members_of_one_name_the_last_counts(tmp_path):
     """As when the archive is unpacked."""
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(
-        tmp_path / "a.zip", "w"
-    ) as file:
+    with (
+        pytest.warns(UserWarning, match="Duplicate"),
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as file,
+    ):
         for number, name in enumerate(["cat/1.jpg", "dog/1.jpg", "cat/1.jpg"]):
             file.writestr(name, encode(number))
 

@@ -71,6 +71,7 @@ def convert(
     out = config.out
     try:
         splits, left_out, class_names = _opened(source, config, quiet)
+        _refuse_own_input(out, splits)
         if config.val_fraction or config.test_fraction:
             splits = _divided(splits, class_names, config, quiet)
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
@@ -123,6 +124,12 @@ def _divided(
         parts = divide(base, fractions, workers=workers, quiet=quiet)
     counted: list[SourceSplit] = [with_counts(part, class_names) for part in parts.values()]
     return counted + [split for split in splits if split is not base]
+
+
+def _refuse_own_input(out: str, splits: list[SourceSplit]) -> None:
+    for path in (path for split in splits for path in split.files if path.endswith(".tar")):
+        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(out):
+            raise UsageError(f"--out {out}: holds {path}, which is read. Write to another folder.")
 
 
 def _check_space(out: str, needed: int) -> None:

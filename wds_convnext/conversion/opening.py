@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wds_convnext.conversion.source import Count, NoLabels, Opener, SourceSplit, as_array
-from wds_convnext.conversion.sources import archive, folder, parquet, table
+from wds_convnext.conversion.sources import archive, folder, parquet, table, webdataset
 from wds_convnext.door import read_head
 from wds_convnext.errors import DataError, UsageError, listing
 from wds_convnext.shards.classes import class_difference
@@ -30,10 +30,16 @@ class Kind:
     may_die: bool = False
 
 
-KINDS = (Kind(parquet.find, may_die=True), Kind(folder.find), Kind(table.find), Kind(archive.find))
+KINDS = (
+    Kind(parquet.find, may_die=True),
+    Kind(folder.find),
+    Kind(webdataset.find),
+    Kind(table.find),
+    Kind(archive.find),
+)
 ACCEPTED = (
-    "parquet files of images and labels, a folder of class folders, "
-    "or a CSV, TSV or JSON lines file of paths and labels"
+    "parquet files of images and labels, a folder, zip or tar of class folders, a CSV, TSV or JSON "
+    "lines file of paths and labels, or shards"
 )
 
 Source = str | SourceSplit | Iterable[SourceSplit]

@@ -17,8 +17,8 @@ from typing import Self
 
 import numpy as np
 
-from wds_convnext.conversion.source import Count, Opener, RowBatch
-from wds_convnext.conversion.sources.folder import find_classes, list_splits, open_listed
+from wds_convnext.conversion.source import Count, Opener, RowBatch, refuse_columns
+from wds_convnext.conversion.sources.folder import COLUMNS, find_classes, list_splits, open_listed
 from wds_convnext.conversion.sources.images import FileSplit
 from wds_convnext.conversion.sources.listing import ClassListing
 from wds_convnext.conversion.sources.places import Entry, Tree
@@ -103,7 +103,8 @@ def _open_split(
     is_tape: bool,
     **columns: str | None,
 ) -> ArchiveSplit:
-    split = open_listed(name, listed, classes, own, **columns)
+    refuse_columns(source, COLUMNS, columns["image"], columns["label"])
+    split = open_listed(name, listed, classes, own)
     folder = os.fsencode(listed.folder)
     rows = range(split.num_rows)
     numbers = [tree.find(os.path.join(folder, split.paths[row])) for row in rows]

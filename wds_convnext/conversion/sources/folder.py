@@ -25,7 +25,7 @@ from wds_convnext.conversion.sources.table import tables_of
 from wds_convnext.errors import UsageError
 from wds_convnext.shards.naming import purpose
 
-_COLUMNS = ("files", "class folders")
+COLUMNS = ("files", "class folders")
 
 
 def find(source: str, count: Count) -> dict[str, Opener] | None:
@@ -107,7 +107,7 @@ def open_listed(
     Raises:
         NoLabels: if none is in a class folder.
     """
-    refuse_columns(split.folder, _COLUMNS, image, label)
+    refuse_columns(split.folder, COLUMNS, image, label)
     if split.num_outside and not len(split.paths):
         raise NoLabels(
             f"{split.folder}: {split.num_outside:,} images, but no class folders.",
@@ -122,7 +122,7 @@ def open_listed(
         digest=split.digest,
         dataset=dataset,
         files=(split.folder,),
-        columns=_COLUMNS,
+        columns=COLUMNS,
         class_names=classes,
         notes=split.notes(),
         folder=split.folder,
