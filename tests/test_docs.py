@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANG_S, encode_image, write_parquet
+from conftest import HANG_S, encode_image, write_parquet, write_tar
 from preloaded import run_preloaded
 
 from wds_convnext.cli import main
@@ -54,6 +54,12 @@ def sources(tmp_path, monkeypatch):
     for number, name in enumerate(["cat", "dog", "cat"]):
         (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(encode_image(number))
+    shutil.make_archive("photos", "zip", ".", "photos")
+    shutil.make_archive("photos", "gztar", ".", "photos")
+    members = [(f"{i}.{kind}", data) for i in range(2)
+               for kind, data in (("jpg", encode_image(i)), ("cls", str(i).encode()))]  # fmt: skip
+    (tmp_path / "others").mkdir()
+    write_tar(tmp_path / "others" / "train-000.tar", members)
     tables = tmp_path / "tables"
     shutil.copytree(tmp_path / "photos", tables / "photos")
     (tables / "labels.csv").write_text("image,label\nphotos/cat/0.jpg,cat\nphotos/dog/1.jpg,dog\n")

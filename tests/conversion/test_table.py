@@ -144,7 +144,7 @@ def test_a_folder_of_tables_has_a_split_for_each(folder, tmp_path):
         ("a.jsonl", b"[1, 2]\n", "a.jsonl: not readable as JSON lines"),
         ("a.jsonl", b'{"image": "a.jpg", "label": 1}\n{"image": "b.jpg", "label": "x"}\n',
          "a.jsonl: not readable as JSON lines"),
-        ("a.zip.x", b"PK\x03\x04", "a.zip.x: a zip archive. Expected"),
+        ("a.gz", b"\x1f\x8b", "a.gz: gzip-compressed data. Expected"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_table_is_one_line(tmp_path, name, content, message):

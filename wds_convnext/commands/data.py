@@ -30,9 +30,10 @@ wds-convnext shards photos.parquet --out data --label-column species --on-bad sk
 def shards(src: str, **options: Any) -> None:
     """Convert images of any source to tar shards, with manifest and offsets.
 
-    SRC is a folder of class folders (photos/cat/1.jpg, or photos/train/cat/1.jpg); a CSV, TSV or
-    JSON lines file of paths and labels; or parquet files: a folder of files named
-    {split}-00000-of-00013.parquet, a glob, or a comma list. Every split in it is converted.
+    SRC is a folder of class folders (photos/cat/1.jpg, or photos/train/cat/1.jpg), also as a zip
+    or tar; a CSV, TSV or JSON lines file of paths and labels; parquet files: a folder of files
+    named {split}-00000-of-00013.parquet, a glob, or a comma list; or shards, to write them anew.
+    Every split in it is converted.
     Running the same command again finishes what was interrupted.
     """
     from wds_convnext.conversion import convert

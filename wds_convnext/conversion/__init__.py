@@ -56,8 +56,8 @@ def convert(
     """Convert images and labels to tar shards, a manifest and sidecars.
 
     Args:
-        source: parquet files (a folder, a glob, a comma list), or a folder of class folders; or
-            a source of one's own, a split or several, see `source.SourceSplit`.
+        source: what SRC is on the command line (`wds-convnext shards --help`); or a source of
+            one's own, a split or several, see `source.SourceSplit`.
         config: what to write where, and how.
         options: fields of `ShardsConfig` by name: `out="data", num_shards=4`.
             By default there is a process per CPU core, so that a script has to call this under
