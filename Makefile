@@ -42,11 +42,11 @@ demo: $(INSTALLED)
 	@$(BIN)/python tools/make_sample.py demo/digits
 	@$(MAKE) --no-print-directory shards SRC=demo/digits OUT=demo/data
 	$(BIN)/wds-convnext train --recipe digits --shards 'demo/data/train-<000..002>.tar' \
-	  --out demo/run --overwrite
-	$(BIN)/wds-convnext eval --checkpoint demo/run --shards 'demo/data/test-<000..001>.tar'
+	  --out demo/runs/digits --overwrite
+	$(BIN)/wds-convnext eval --checkpoint demo/runs/digits --shards 'demo/data/test-<000..001>.tar'
 	@echo
 	@echo "The accuracy above is on the test split, which training never saw."
-	@echo "The run is in demo/run. Its curves: $(BIN)/tensorboard --logdir demo/run"
+	@echo "The run is in demo/runs/digits. Its curves: $(BIN)/tensorboard --logdir demo/runs"
 	@echo "The article's run on mini-imagenet (7 GB; wants a GPU):"
 	@echo "  make data && make shards"
 	@echo "  $(BIN)/wds-convnext train --shards 'data/train-<000..012>.tar'"

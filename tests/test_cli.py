@@ -104,16 +104,15 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(capsys, shards, tmp
 
 
 def test_a_run_prints_and_logs_what_the_article_did(shards, finished):
-    """Its scalars under its names, its lines, and a grid of images."""
+    """Its scalars under its names (TensorBoard's begin with eval), its lines, and images."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tags = EventAccumulator(str(finished)).Reload().Tags()
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
 
     article = {"train/loss", "train/lr", "train/epoch_loss", "val/loss", "val/accuracy"}
-    assert article | {"train/images_per_s", "train/data_wait", "train/grad_norm"} <= set(
-        tags["scalars"]
-    )
+    assert {name.replace("val/", "eval/") for name in article} <= set(tags["scalars"])
+    assert {"utilization/images_per_s", "utilization/data_wait"} <= set(tags["scalars"])
     assert tags["images"]
     assert article <= {key for line in lines for key in line}
     assert json.loads((finished / "status.json").read_text())["status"] == "finished"

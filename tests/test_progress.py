@@ -1,5 +1,6 @@
 """One display of progress: a bar on a terminal, plain lines elsewhere, nothing if quiet."""
 
+import io
 import os
 import pty
 import re
@@ -11,7 +12,7 @@ import pytest
 from conftest import HANG_S
 
 from wds_convnext import progress as module
-from wds_convnext.progress import Progress, say, track
+from wds_convnext.progress import Progress, fit_terminal, say, track
 
 
 @pytest.fixture
@@ -144,12 +145,32 @@ def test_on_a_terminal_there_is_a_bar_and_lines_are_above_it():
     assert (done.returncode, done.stdout) == (0, "a line\n"), shown
     frames = shown.split("\r")
     bar = (
-        r"train: copy:  75%\|[^|]+\| 3\.00/4\.00 "
+        r"train: copy:  75%\|[^|]+\| 3/4 "
         r"\[00:00<00:00, \d\.\d\d images/s, \d+ MB/s, warm\]"
     )
     assert any(re.fullmatch(bar, frame.strip()) for frame in frames), frames
-    assert any(re.match(r"Checking:  67%\|[^|]+\| 2\.00/3\.00 \[", frame) for frame in frames)
+    assert any(re.match(r"Checking:  67%\|[^|]+\| 2/3 \[", frame) for frame in frames)
     assert not frames[-1].strip() and "\n" not in shown
+
+
+def test_on_a_terminal_a_long_line_breaks_between_words():
+    """And nowhere else; a word that is wider than the terminal, as a path may be, stays whole."""
+    path = "/data/" + "x" * 50
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (25, 40))
+    with os.fdopen(terminal, "w") as stream:
+        text = fit_terminal(
+            f"{path}: no such file. Name one that is there, or make it.\nend", stream
+        )
+    os.close(reader)
+
+    assert text.splitlines() == [
+        f"{path}:",
+        "    no such file. Name one that is",
+        "    there, or make it.",
+        "end",
+    ]
+    assert fit_terminal("word " * 50, io.StringIO()) == "word " * 50
 
 
 def test_say_is_a_line_on_stdout(capsys):

@@ -8,7 +8,7 @@ import click
 from wds_convnext import __version__, errors
 from wds_convnext.commands import data, models, training
 from wds_convnext.errors import UsageError, WdsConvnextError
-from wds_convnext.progress import outlasting_output
+from wds_convnext.progress import fit_terminal, outlasting_output
 
 
 @click.group(
@@ -59,5 +59,5 @@ def main(args: list[str] | None = None) -> None:
                 raise UsageError(f"{error.filename}: {error.strerror}. {advice}.") from None
         except WdsConvnextError as error:
             kind = next(c for c in type(error).__mro__ if c.__module__ == errors.__name__)
-            click.echo(f"{kind.__name__}: {error}", err=True)
+            click.echo(fit_terminal(f"{kind.__name__}: {error}", sys.stderr), err=True)
             sys.exit(2)

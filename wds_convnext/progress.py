@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -17,7 +18,7 @@ Item = TypeVar("Item")
 _LINE_EVERY_S = 10.0
 # tqdm's own, but for the rate, which tqdm turns into seconds per unit where it is below one.
 _BAR = (
-    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+    "{desc}: {percentage:3.0f}%|{bar}| {n:,.0f}/{total:,.0f} "
     "[{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 )
 
@@ -131,13 +132,35 @@ def track(
 
 def say(text: str) -> None:
     """Print a line on stdout, above the bars that are on the screen."""
-    tqdm.write(text)
+    tqdm.write(fit_terminal(text, sys.stdout))
     sys.stdout.flush()
 
 
 def warn(text: str) -> None:
     """Print a line on stderr, above the bars that are on the screen."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(fit_terminal(text, sys.stderr), file=sys.stderr)
+
+
+def fit_terminal(text: str, stream: TextIO) -> str:
+    """Break lines that are wider than the terminal between words; elsewhere text stays as it is.
+
+    Not for commands, which are copied.
+    """
+    if not stream.isatty():
+        return text
+    with suppress(OSError):
+        if columns := os.get_terminal_size(stream.fileno()).columns:
+            return "\n".join(
+                textwrap.fill(
+                    line,
+                    columns,
+                    subsequent_indent="    ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+                for line in text.splitlines()
+            )
+    return text
 
 
 @contextmanager

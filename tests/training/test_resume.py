@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wds_convnext.training.checkpoint import load_checkpoint
 
 NOT_REPEATABLE = {  # times and memory
+    "time",
     "train/images_per_s",
     "train/data_wait",
     "train/tflops_per_s",
@@ -40,7 +41,7 @@ def scalars(folder: Path) -> dict:
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
-        if tag not in NOT_REPEATABLE
+        if not tag.startswith("utilization/")
     }
 
 

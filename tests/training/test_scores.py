@@ -106,7 +106,7 @@ def test_the_split_is_the_first_ones_where_none_is_named(shards, tmp_path):
 
 
 def test_a_checkpoint_that_is_missing_is_found_before_anything_is_evaluated(split, capsys):
-    with pytest.raises(CheckpointError, match="nowhere: No such file"):
+    with pytest.raises(CheckpointError, match="nowhere: no such file or folder"):
         evaluate_checkpoints([LAST, "nowhere"], EvalConfig(shards=split, **HOW))
 
     assert "Evaluating" not in "".join(capsys.readouterr())

@@ -40,6 +40,7 @@ from wds_convnext.training import feed as device_module
 from wds_convnext.training import loop as train_module
 from wds_convnext.training import step as step_module
 from wds_convnext.training.adamp import parameter_groups
+from wds_convnext.training.board import tag
 from wds_convnext.training.checkpoint import load_checkpoint
 from wds_convnext.training.compare import evaluate_checkpoint
 from wds_convnext.training.distributed import Machine, World
@@ -796,7 +797,7 @@ def test_the_progress_line_and_a_trace_show_where_time_goes(shards, tmp_path, ca
 
 
 def test_readings_are_shown_and_kept(tmp_path, capsys):
-    """In metrics.jsonl and in TensorBoard under their names, and in the line."""
+    """In metrics.jsonl, in TensorBoard in a group of their own, and in the line."""
     values = dict.fromkeys(["loss", "avg_loss", "lr", "images_per_s", "data_wait"], 0.5)
     log = RunLog(tmp_path, start_step=0)
     log.interval(
@@ -812,8 +813,9 @@ def test_readings_are_shown_and_kept(tmp_path, capsys):
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert {"train/mfu": 0.41, "train/memory_gb": 12.5}.items() <= json.loads(line).items()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == json.loads(line).keys() - {"step"}
-    [mfu] = events.Scalars("train/mfu")
+    logged = json.loads(line).keys() - {"step", "epoch", "time"}
+    assert set(events.Tags()["scalars"]) == set(map(tag, logged))
+    [mfu] = events.Scalars("utilization/mfu")
     assert (mfu.step, mfu.value) == (3, pytest.approx(0.41))
     [line] = capsys.readouterr().out.splitlines()
     assert line == "Epoch 0, 3/93900: 0 images/s, wait 50%, MFU 41%, 7:15:23 left, loss 0.5000"

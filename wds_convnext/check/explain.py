@@ -22,7 +22,7 @@ from wds_convnext.check.explanation import (
     StepExplanation,
     Visit,
 )
-from wds_convnext.check.sheet import BatchSheet
+from wds_convnext.check.sheet import save_sheet
 from wds_convnext.config import ExplainConfig
 from wds_convnext.errors import UsageError
 from wds_convnext.progress import track, warn
@@ -34,6 +34,7 @@ from wds_convnext.shards.sidecar import may_hold, read_samples
 from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import TrainTransform
 from wds_convnext.training.augment import MixDraw, Normalizer, build_mixer, build_transform
+from wds_convnext.training.batchsheet import BatchSheet
 from wds_convnext.training.recorded import RecordedRun, open_recorded_run
 
 
@@ -85,7 +86,7 @@ def _explain_step(run: RecordedRun, step: int, *, sheet_path: str | None) -> Ste
             seen = (normalizer.undo(mixed) * 255).round().to(torch.uint8)
             sheet.add(batch.title(), seen, batch.captions())
     if sheet is not None and sheet_path is not None:
-        sheet.save(sheet_path)
+        save_sheet(sheet.image, sheet_path)
     return StepExplanation(run, step, batches)
 
 

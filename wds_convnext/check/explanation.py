@@ -63,14 +63,7 @@ class DrawnBatch:
 
     def title(self) -> str:
         """Rank, batch and mixing in one line."""
-        text = f"rank {self.rank}, batch {self.micro_batch}: "
-        if self.mixing == "none":
-            return text + "not mixed"
-        text += f"{self.mixing}, lambda {self.mix.share:.4f}"
-        if self.mix.box:
-            top, bottom, left, right = self.mix.box
-            text += f", box of {right - left}x{bottom - top} at {left},{top} from the partner"
-        return text
+        return f"rank {self.rank}, batch {self.micro_batch}: {self.mix}"
 
     def captions(self) -> list[tuple[str, str]]:
         """What stands under each picture: its class, and what its partner adds to the label."""

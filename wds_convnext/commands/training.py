@@ -23,6 +23,7 @@ from wds_convnext.options import (
     toml_layer,
     warn,
 )
+from wds_convnext.progress import fit_terminal, say
 
 
 def add_train_options(config_class: type[TrainConfig]) -> Callable[[Command], Command]:
@@ -100,7 +101,7 @@ def _say_what_is_read(config: TrainConfig) -> None:
     if os.environ.get("RANK", "0") == "0":
         last = f" to {os.path.basename(paths[-1])}" if len(paths) > 1 else ""
         shards = f"{len(paths)} shard{'s' * (len(paths) != 1)}"
-        click.echo(f"Training on {paths[0]}{last} ({shards}). Importing torch …")
+        say(f"Training on {paths[0]}{last} ({shards}). Importing torch …")
 
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
@@ -226,4 +227,4 @@ def explain(run: str | None, **options: Any) -> None:
     if config.json:
         click.echo(format_json(explanation.to_json()))
     else:
-        click.echo("\n".join(explanation.lines()))
+        click.echo(fit_terminal("\n".join(explanation.lines()), sys.stdout))

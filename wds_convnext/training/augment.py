@@ -53,6 +53,15 @@ class MixDraw:
     share: float
     box: tuple[int, int, int, int] | None = None
 
+    def __str__(self) -> str:
+        if self.box is not None:
+            top, bottom, left, right = self.box
+            size = f"{right - left}x{bottom - top}"
+            return (
+                f"cutmix, lambda {self.share:.4f}, box of {size} at {left},{top} from the partner"
+            )
+        return f"mixup, lambda {self.share:.4f}" if self.share < 1 else "not mixed"
+
 
 @dataclass(frozen=True)
 class Mixer:

@@ -1,4 +1,4 @@
-"""What a run reports: lines, scalars, images and a progress bar."""
+"""What a run reports: lines, metrics.jsonl, a progress bar; TensorBoard's part is `board`."""
 
 import json
 import math
@@ -8,15 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from wds_convnext import progress
 from wds_convnext.errors import CheckpointError
 from wds_convnext.files import format_json, unwritable, write_atomically
+from wds_convnext.training.batchsheet import BatchSheet
+from wds_convnext.training.board import Board
 from wds_convnext.training.evaluate import EvalResult, name_bad
+
+if TYPE_CHECKING:
+    from wds_convnext.training.run import Run
 
 Item = TypeVar("Item")
 
@@ -55,13 +59,26 @@ class RunLog:
         self._progress: progress.Progress | None = None  # of the epoch under way
         if quiet:
             return
-        from torch.utils.tensorboard import SummaryWriter  # 1 s; workers never pay for it
-
         self._folder = folder
         with self._writing():
-            self._metrics = self._open_cut_back("metrics.jsonl", start_step)
-            self._bad_samples = self._open_cut_back("bad_samples.jsonl", start_step)
-            self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+            self._metrics, last = self._open_cut_back("metrics.jsonl", start_step)
+            self._bad_samples, _ = self._open_cut_back("bad_samples.jsonl", start_step)
+            self._board = Board(folder, start_step=start_step)
+        # Of a run that is resumed `time` goes on where its last line stands.
+        spent = last.get("time")
+        self._started = time.monotonic() - (spent if isinstance(spent, int | float) else 0)
+
+    def introduce(self, run: "Run") -> None:
+        """Show TensorBoard's readers what is trained, on what, how."""
+        if self.quiet:
+            return
+        with self._writing():
+            self._board.introduce(
+                run.state.step,
+                config=run.config,
+                facts=run.facts,
+                introduction=run.introduction(),
+            )
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -76,7 +93,7 @@ class RunLog:
             self._progress = progress.Progress(
                 f"Epoch {epoch}",
                 total=len(steps),
-                unit="batches",
+                unit="steps",
                 initial=done - 1 - steps.start,
                 quiet=not sys.stderr.isatty(),  # elsewhere `interval` says how far it is
             )
@@ -101,7 +118,7 @@ class RunLog:
         """
         if self.quiet:
             return
-        self._record(step, values | readings)
+        self._record(step, values | readings, epoch=epoch)
         parts = [
             f"{values['train/images_per_s']:.0f} images/s",
             f"wait {values['train/data_wait']:.0%}",
@@ -118,13 +135,13 @@ class RunLog:
     def epoch(self, step: int, *, epoch: int, loss: float, seconds: float) -> None:
         """The article's line at the end of an epoch."""
         self._end_progress()
-        self._record(step, {"train/epoch_loss": loss})
+        self._record(step, {"train/epoch_loss": loss}, epoch=epoch)
         self.say(f"Train Epoch: {epoch} | Average Loss: {loss:.4f} | Time: {seconds:.1f}s")
 
-    def validation(self, step: int, *, result: EvalResult, best_top1: float) -> None:
-        """The article's lines after a validation. TensorBoard's accuracy is in percent."""
+    def validation(self, step: int, *, epoch: int, result: EvalResult, best_top1: float) -> None:
+        """The article's lines after a validation. In metrics the accuracy is in percent."""
         values = {"val/loss": result.loss, "val/accuracy": 100 * result.top1}
-        self._record(step, values | {"val/top5": 100 * result.top5})
+        self._record(step, values | {"val/top5": 100 * result.top5}, epoch=epoch)
         self.say(f"Validation: Loss: {result.loss:.4f} | Acc: {result.top1:.2%}")
         if result.left_out:
             self.say(
@@ -135,12 +152,12 @@ class RunLog:
             self.say("The loss is not finite, so these weights are no candidate for best.pt.")
         self.say(f"Best Accuracy: {best_top1:.2%}" if best_top1 >= 0 else "Best Accuracy: none yet")
 
-    def images(self, step: int, images: torch.Tensor) -> None:
-        """A grid of training images, float (B, 3, H, W) in [0, 1]."""
+    def batch(self, step: int, sheet: BatchSheet) -> None:
+        """A labeled batch as the model sees it."""
         if self.quiet:
             return
         with self._writing():
-            self._writer.add_images("train/images", images[:16].cpu(), step)
+            self._board.batch(step, sheet)
 
     def bad_samples(self, samples: list[dict]) -> None:
         """Write replaced samples to bad_samples.jsonl; each names its step."""
@@ -163,23 +180,24 @@ class RunLog:
             with suppress(OSError):
                 self._bad_samples.close()
             with suppress(OSError):
-                self._writer.close()
+                self._board.close()
 
     def flush(self) -> None:
         """Bring everything logged so far to disk."""
         if not self.quiet:
             with self._writing():
-                self._writer.flush()
+                self._board.flush()
                 os.fsync(self._metrics.fileno())
 
-    def _record(self, step: int, values: dict[str, float]) -> None:
+    def _record(self, step: int, values: dict[str, float], *, epoch: int) -> None:
         if self.quiet:
             return
+        spent = round(time.monotonic() - self._started, 3)
         with self._writing():
-            self._metrics.write(format_json({"step": step, **values}) + "\n")
+            line = format_json({"step": step, "epoch": epoch, "time": spent, **values})
+            self._metrics.write(line + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            self._board.scalars(step, values)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -188,23 +206,22 @@ class RunLog:
         except OSError as error:
             raise CheckpointError(unwritable(error.filename or self._folder, error)) from None
 
-    def _open_cut_back(self, name: str, last_step: int) -> TextIO:
-        """Open a JSON-lines file for appending, without its lines of later steps."""
+    def _open_cut_back(self, name: str, last_step: int) -> tuple[TextIO, dict[str, Any]]:
+        """Open a JSON-lines file for appending, without its lines of later steps; and the last."""
         path = self._folder / name
         lines = path.read_bytes().splitlines() if path.exists() and last_step else []
-        steps = list(map(_step_of, lines))
-        kept = [line for line, step in zip(lines, steps) if step is not None and step <= last_step]
-        if odd := steps.count(None):
+        entries = list(map(_entry_of, lines))
+        kept = [(line, e) for line, e in zip(lines, entries) if e and e["step"] <= last_step]
+        if odd := entries.count(None):
             self.say(f"{path}: left out {odd} damaged lines.")
-        write_atomically(path, b"".join(line + b"\n" for line in kept))
-        return path.open("a")
+        write_atomically(path, b"".join(line + b"\n" for line, _ in kept))
+        return path.open("a"), kept[-1][1] if kept else {}
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of a line; None for one that a kill cut short, or that is damaged otherwise."""
+def _entry_of(line: bytes) -> dict[str, Any] | None:
+    """A line of a step; None for one that a kill cut short, or that is damaged otherwise."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    step = entry.get("step") if isinstance(entry, dict) else None
-    return step if type(step) is int else None
+    return entry if isinstance(entry, dict) and type(entry.get("step")) is int else None

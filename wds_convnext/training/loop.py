@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import torch
+
 from wds_convnext.errors import DataError, ShardError, TrainingError, sentence
 from wds_convnext.stream.stream import Batch
+from wds_convnext.training.batchsheet import BatchSheet, captions
 from wds_convnext.training.evaluate import Evaluation
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 # Relative, of a mean over a batch: half precision rounds elsewhere when operations are fused.
 _COMPILED_TOLERANCE = 1e-2
+_NUM_SHOWN = 20  # pictures of the first step in TensorBoard
 
 
 def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) -> bool:
@@ -107,10 +111,8 @@ def _train_and_validate(
 def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> None:
     """Train the first step of a process, and look at what only the first step can show."""
     state, recipe = run.state, run.recipe
-    if state.step == 0:
-        key = (recipe.seed, 0, 0, recipe.world.rank)
-        images, _ = augment_on_device(batches[0], key=key, recipe=recipe)
-        log.images(0, recipe.normalizer.undo(images))
+    if state.step == 0 and not log.quiet:
+        _show_batch(run, batches[0], log=log)
     eager = eager_loss(state, batches, recipe) if recipe.compiled else None
     loss = train_step(state, batches, lr=lr, recipe=recipe)
     if eager is not None:
@@ -125,6 +127,19 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     # one CPU); frozen, none that is visible, so collecting need not be switched off.
     gc.collect()
     gc.freeze()
+
+
+def _show_batch(run: "Run", batch: Batch, *, log: RunLog) -> None:
+    """Log the main rank's first pictures of the first step, mixed, with what their labels are."""
+    recipe = run.recipe
+    key = (recipe.seed, 0, 0, recipe.world.rank)
+    images, _ = augment_on_device(batch, key=key, recipe=recipe)
+    mix = recipe.mixer.draw(batch.images.shape[-1], *key)
+    names = [run.train_data.class_names[label] for label in batch.labels.tolist()]
+    seen = recipe.normalizer.undo(images[:_NUM_SHOWN]) * 255
+    sheet = BatchSheet(num_batches=1, batch_size=len(seen), image_size=seen.shape[-1])
+    sheet.add(f"step 0: {mix}", seen.round().to(torch.uint8).cpu(), captions(names, mix))
+    log.batch(0, sheet)
 
 
 def _finite_interval(run: "Run") -> Interval:
@@ -206,7 +221,8 @@ def _validate(run: "Run", evaluation: Evaluation, batches: Iterator[Batch], *, l
         state.best_top1 = result.top1
     state.owes_validation = False
     log.bad_samples([{"step": state.step, **bad} for bad in result.left_out])
-    log.validation(state.step, result=result, best_top1=state.best_top1)
+    epoch = run.order.epoch_of(state.step - 1)
+    log.validation(state.step, epoch=epoch, result=result, best_top1=state.best_top1)
     return is_best
 
 

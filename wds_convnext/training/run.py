@@ -101,15 +101,15 @@ class Run:
         amp = "float32" if machine.amp == "off" else machine.amp
         flops = self.gauges.flops_per_image
         work = "an unknown number of FLOP" if flops is None else f"{flops / 1e9:.3g} GFLOP"
-        peak = f"{self.gauges.peak / 1e12:.0f} TFLOP/s" if self.gauges.peak else "not known"
+        peak = f"; peak {self.gauges.peak / 1e12:.0f} TFLOP/s" if self.gauges.peak else ""
         return (
-            f"{config.model}, {num_parameters / 1e6:.1f} M parameters, on {data.name}: "
-            f"{len(data):,} samples in {len(data.shards)} shards, {validation}, "
+            f"{config.model}: {num_parameters / 1e6:.1f} M parameters, {work} per training image"
+            f"{peak}\n"
+            f"{data.name}: {len(data):,} samples in {len(data.shards)} shards, {validation}, "
             f"{data.num_classes} classes\n"
             f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
             f"global batch {order.global_batch_size}, on {machine.world.size} x {machine.device}, "
-            f"{amp}, {'compiled' if machine.compiled else 'not compiled'}\n"
-            f"{work} per training image; peak of the device {peak}"
+            f"{amp}, {'compiled' if machine.compiled else 'not compiled'}"
         )
 
 

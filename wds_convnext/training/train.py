@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from wds_convnext import progress
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, TrainingError
 from wds_convnext.options import warn
@@ -29,6 +30,7 @@ from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
 from wds_convnext.training.run import Run, open_run
 from wds_convnext.training.rundir import RunDir
+from wds_convnext.training.runs import RUNS
 from wds_convnext.training.schedule import lr_warning
 from wds_convnext.training.stopping import STOPPED_EXIT_CODE, Stopped, StopRequest, StopVote
 
@@ -74,7 +76,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
 
 
 def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
-    say = click.echo if machine.world.is_main else lambda text: None
+    say, show = (progress.say, click.echo) if machine.world.is_main else (_drop, _drop)
     run, notes = open_run(config, machine, checkpoint=rundir.load(), warn=warn)
     notes += rundir.prepare(run)
     if rundir.resumed:
@@ -98,6 +100,7 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
                 RunLog(rundir.path, start_step=run.state.step, quiet=not machine.world.is_main)
             ) as log,
         ):
+            log.introduce(run)
             has_finished = fit(run, batches, log=log, rundir=rundir)
             status.reason = "finished" if has_finished else request.reason
         try:
@@ -110,11 +113,17 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
             f"Stopped by {request.reason} after step {run.state.step}; "
             f"saved {rundir.path / 'last.pt'}."
         )
-        say(f"Continue with: wds-convnext train --resume {rundir.path}")
+        show(f"Continue with: wds-convnext train --resume {shlex.quote(str(rundir.path))}")
         return STOPPED_EXIT_CODE
+    if run.validation is None:
+        say(_UNVALIDATED)
     for line in _next_commands(run, rundir):
-        say(line)
+        show(line)
     return 0
+
+
+def _drop(text: str) -> None:
+    """What the other ranks do with what rank 0 prints."""
 
 
 def _next_commands(run: Run, rundir: RunDir) -> list[str]:
@@ -124,9 +133,10 @@ def _next_commands(run: Run, rundir: RunDir) -> list[str]:
     if test := find_counterpart(run.train_data.shards[0].path, use="test"):
         evaluate += f" --shards {shlex.quote(test)}"
     commands = [evaluate] if test or run.validation else []
-    commands.append(f"tensorboard --logdir {path}")
-    lines = [f"{'' if i else 'next:':5} {command}" for i, command in enumerate(commands)]
-    return lines if run.validation else [_UNVALIDATED, *lines]
+    # TensorBoard names a run by its folder within the one that it is given.
+    curves = rundir.path.parent if rundir.path.parent.name == RUNS.name else rundir.path
+    commands.append(f"tensorboard --logdir {shlex.quote(str(curves))}")
+    return [f"{'' if i else 'next:':5} {command}" for i, command in enumerate(commands)]
 
 
 def _evaluate_best(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from wds_convnext.check.lettering import Lettering, system_fonts
+from wds_convnext.lettering import Lettering, system_fonts
 
 DEJAVU = [path for path in system_fonts() if path.endswith("DejaVuSans.ttf")]
 needs_dejavu = pytest.mark.skipif(not DEJAVU, reason="DejaVu Sans is not installed")
