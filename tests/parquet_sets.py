@@ -54,6 +54,23 @@ def write_split(folder, split, table, *, num_files=1, row_group_size=7, **option
     return paths
 
 
+def save_to_disk(folder: Path, table: pa.Table, *, split="train", num_files=2) -> None:
+    """What `Dataset.save_to_disk` leaves, as far as it is read: a few rows in each batch."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{num_files:05d}.arrow" for i in range(num_files)]
+    for i, name in enumerate(names):
+        begin, end = (k * len(table) // num_files for k in (i, i + 1))
+        part = table.slice(begin, end - begin)
+        with (
+            pa.OSFile(str(folder / name), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as writer,
+        ):
+            writer.write_table(part, max_chunksize=3)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": split}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+
+
 def sorted_rows(num_rows: int, *, num_classes: int = 4, start: int = 0):
     """Images, and labels sorted by class, as many real data sets are."""
     images = [encode(start + number) for number in range(num_rows)]

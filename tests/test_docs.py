@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG_S, encode_image, write_parquet, write_tar
+from parquet_sets import image_table, save_to_disk, sorted_rows
 from preloaded import run_preloaded
 
 from wds_convnext.cli import main
@@ -60,6 +61,10 @@ def sources(tmp_path, monkeypatch):
                for kind, data in (("jpg", encode_image(i)), ("cls", str(i).encode()))]  # fmt: skip
     (tmp_path / "others").mkdir()
     write_tar(tmp_path / "others" / "train-000.tar", members)
+    write_parquet(tmp_path / "datasets--owner--insects/snapshots/0123", "train", [4])
+    save_to_disk(tmp_path / "saved", image_table(*sorted_rows(4)))
+    (tmp_path / "datasets--owner--insects/refs").mkdir()
+    (tmp_path / "datasets--owner--insects/refs/main").write_text("0123")
     tables = tmp_path / "tables"
     shutil.copytree(tmp_path / "photos", tables / "photos")
     (tables / "labels.csv").write_text("image,label\nphotos/cat/0.jpg,cat\nphotos/dog/1.jpg,dog\n")

@@ -3,14 +3,15 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from wds_convnext.conversion.source import Count, NoLabels, Opener, SourceSplit, as_array
-from wds_convnext.conversion.sources import archive, folder, parquet, table, webdataset
+from wds_convnext.conversion.sources import archive, arrow, folder, hub, parquet, table, webdataset
 from wds_convnext.door import read_head
 from wds_convnext.errors import DataError, UsageError, listing
 from wds_convnext.shards.classes import class_difference
@@ -31,6 +32,7 @@ class Kind:
 
 
 KINDS = (
+    Kind(arrow.find, may_die=True),
     Kind(parquet.find, may_die=True),
     Kind(folder.find),
     Kind(webdataset.find),
@@ -39,7 +41,7 @@ KINDS = (
 )
 ACCEPTED = (
     "parquet files of images and labels, a folder, zip or tar of class folders, a CSV, TSV or JSON "
-    "lines file of paths and labels, or shards"
+    "lines file of paths and labels, shards, or a data set of Hugging Face"
 )
 
 Source = str | SourceSplit | Iterable[SourceSplit]
@@ -68,10 +70,19 @@ def find_openers(source: Source, count: Count) -> Found:
         source = [source]
     if not isinstance(source, str):
         return Found({split.name: _opener_of(split) for split in source}, may_die=False)
+    hub_folder = hub.find_folder(source)
+    path = hub_folder.path if hub_folder else source
     for kind in KINDS:
-        if openers := kind.find(source, count):
+        if openers := kind.find(path, count):
+            if hub_folder:  # its folder is called by the revision
+                rename = partial(_open_renamed, dataset=hub_folder.dataset)
+                openers = {name: partial(rename, opener) for name, opener in openers.items()}
             return Found(openers, kind.may_die)
-    raise UsageError(f"{source}: {_found(source)}. Expected {ACCEPTED}.")
+    raise UsageError(f"{source}: {_found(path)}. Expected {ACCEPTED}.")
+
+
+def _open_renamed(opener: Opener, *, dataset: str, **columns: str | None) -> SourceSplit:
+    return replace(opener(**columns), dataset=dataset)
 
 
 def _opener_of(split: SourceSplit) -> Opener:
