@@ -16,6 +16,7 @@ import timm
 import tiny_model  # noqa: F401  (registers the fixture's model)
 import torch
 from conftest import run
+from test_cli import call
 from timm.optim import AdamP
 
 HERE = Path(__file__).parent
@@ -114,3 +115,16 @@ def test_its_shards_read_as_complete(old):
 def test_its_shards_verify_against_their_input(old):
     """Every row, once, with the same bytes and label."""
     run(tiny_command("verify", old / "data", "--against", old / "pictures"), cwd=old)
+
+
+def test_its_relative_paths_are_found_from_another_directory(old, tmp_path, monkeypatch, capsys):
+    """They begin where it was started, which is above its folder."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    explained = call(capsys, "explain", old / "run", "--step", 5)
+    output = run(tiny_command("train", "--resume", old / "run")).stdout
+
+    assert explained[0] == 0, explained
+    assert "Resumed at step 5." in output
+    assert f'shards = "{old}/data/train.json"' in (old / "run" / "config.toml").read_text()

@@ -4,16 +4,18 @@ import json
 import os
 import shutil
 import signal
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import HANG_S, command, run, train_command
+from test_cli import call
 from test_resume import start, wait_for_a_newer_step
 from test_train import run_config, tiny_config
 
 from wds_convnext.errors import CheckpointError, UsageError
-from wds_convnext.training.checkpoint import load_checkpoint
+from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.runs import best_checkpoint, newest_run
 from wds_convnext.training.train import train
 
@@ -109,6 +111,27 @@ def test_a_kill_after_going_back_does_not_bring_the_old_branch_back(run_folder, 
     resume(shards, run_folder / "step-000000004.pt", max_steps=4)
 
     assert steps_of(run_folder)["last.pt"] == 4
+
+
+def batch_size_of(folder: Path) -> int:
+    return tomllib.loads((folder / "config.toml").read_text())["batch_size"]
+
+
+def test_an_older_checkpoint_of_more_ranks_goes_on(run_folder, capsys):
+    """As if two ranks had trained to step 4, and one since: config.toml is of the last start."""
+    config, old = run_folder / "config.toml", run_folder / "step-000000004.pt"
+    then = {k: v for k, v in load_checkpoint(old).items() if k != "format"}
+    save_checkpoint(old, then | {"facts": then["facts"] | {"batch_size": 4}})
+    config.write_text(config.read_text().replace("batch_size = 8", "batch_size = 16"))
+
+    code, out, err = call(capsys, "train", "--resume", old, "--max-steps", 5)
+
+    assert code == 0, err
+    assert "--batch-size 16 becomes 8, which keeps the run's global batch of 8" in out
+    assert batch_size_of(run_folder) == 8
+    # What is asked for takes effect or is refused, as before.
+    code, _, err = call(capsys, "train", "--resume", old, "--batch-size", 2)
+    assert code == 2 and "the checkpoint's global batch is 8" in err
 
 
 def test_a_resume_from_the_newest_moves_nothing(run_folder, shards, capsys):

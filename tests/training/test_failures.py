@@ -1,21 +1,24 @@
 """What a run cannot go on with ends it in one line, with what can be saved saved."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 import timm
 import torch
-from conftest import TINY_RUN, write_shards
+from conftest import HANG_S, TINY_RUN, train_command, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preloaded import run_preloaded
 from test_cli import call
 from test_stopping import acting_when
 
+from wds_convnext.errors import ShardError
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
@@ -145,6 +148,59 @@ def test_data_that_cannot_be_read_ends_a_run_that_is_saved(capsys, shards, tmp_p
     shutil.copy(shards / "train-002.tar", data / "train-002.tar")
     resumed = train(capsys, data, out, "--resume", **options | {"--max-steps": step + 3})
     assert resumed[0] == 0, resumed
+
+
+@pytest.mark.parametrize(("stale", "is_one_line"), [(1, False), (2, True)])
+def test_a_file_that_is_stale_is_opened_again_once(tmp_path, monkeypatch, stale, is_one_line):
+    """ESTALE: the file server began again. Stale again right after, it is a line for the user."""
+    dataset = open_dataset(str(write_shards(tmp_path, [4])))
+    answers, pread = [errno.ESTALE] * stale, os.pread
+
+    def server(*args):
+        if answers:
+            raise OSError(number := answers.pop(), os.strerror(number))
+        return pread(*args)
+
+    with closing(SampleReader(dataset)) as reader:
+        expected = reader.read(2)
+        opened = reader.num_opened
+        monkeypatch.setattr(os, "pread", server)
+        if is_one_line:
+            with pytest.raises(ShardError, match="train-000.tar: byte .* cannot be read .*Stale"):
+                reader.read(2)
+        assert reader.read(2) == expected
+        assert reader.num_opened == opened + 1
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from wds_convnext.cli import main
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 500_000_000, -1))
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"--workers": 0, "--image-size": 1024, "--batch-size": 256},  # in the loader
+        {"--workers": 1, "--image-size": 1024, "--batch-size": 256},  # its workers' slots
+        {"--workers": 0, "--image-size": 320, "--batch-size": 64},  # in the step
+    ],
+    ids=["loader", "workers", "step"],
+)
+def test_out_of_memory_is_one_line(shards, tmp_path, options):
+    """With what to do; in a process that may take 500 MB more."""
+    arguments = train_command(shards, tmp_path / "run", **options)[3:]
+
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    program = ["-c", OUT_OF_MEMORY, *arguments]
+    result = run_preloaded(program, cwd=None, env=environment, timeout=HANG_S)
+
+    assert_one_line(result.returncode, result.stderr, "memory")
+    assert "--batch-size" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("limit", [64, 128])

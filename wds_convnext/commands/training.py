@@ -106,6 +106,7 @@ def _say_what_is_read(config: TrainConfig) -> None:
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     """What the resumed run's config.toml says for options that nothing else sets."""
+    from wds_convnext.shards.expand import stated_spec
     from wds_convnext.training.runs import resumed_from
 
     folder, _ = resumed_from(options["resume"], options["out"])
@@ -115,6 +116,9 @@ def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
     content = read_run_toml(path, TrainConfig, warn=warn)
     unset = {name for name in options if ctx.get_parameter_source(name) is ParameterSource.DEFAULT}
     unset -= {"max_steps", "profile"}  # these are about one start of the run
+    for name, use in (("shards", "train"), ("val_shards", "validation")):
+        if name in unset and name in content:
+            content[name] = stated_spec(content[name], folder, use=use)
     return {name: value for name, value in content.items() if name in unset}
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -68,9 +69,24 @@ def _named_manifest(part: str, use: str) -> str | None:
     return manifest if manifest and is_manifest(manifest) else None
 
 
-def absolute_spec(spec: str) -> str:
-    """A spec that names the same from any working directory."""
-    return ",".join(map(os.path.abspath, _parts(spec)))
+def absolute_spec(spec: str, *, start: str | os.PathLike = ".") -> str:
+    """A spec that names from any working directory what this one names from `start`."""
+    return ",".join(os.path.abspath(os.path.join(start, part)) for part in _parts(spec))
+
+
+def stated_spec(spec: str, folder: str | os.PathLike, *, use: str = "train") -> str:
+    """A spec as a run's folder states it: version 0.1.0 kept paths relative to where it started.
+
+    Where that was is not known. Tried are the working directory, the folder and those above it; the
+    first in which the spec names shards, all of which are there, is taken.
+    """
+    here = Path(folder).absolute()
+    for start in (Path.cwd(), here, *here.parents):
+        placed = absolute_spec(spec, start=start)
+        with suppress(ShardError):
+            expand_spec(placed, use=use)
+            return placed
+    return spec
 
 
 def _parts(spec: str) -> list[str]:

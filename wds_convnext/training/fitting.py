@@ -34,9 +34,14 @@ _FREE_OPTIONS = (
 )
 
 
-def fit_to_checkpoint(config: TrainConfig, then: Facts, world: World) -> TrainConfig:
+def fit_to_checkpoint(
+    config: TrainConfig, then: Facts, world: World, *, stated: int | None
+) -> TrainConfig:
     """The config with the batch per process that gives the checkpoint's global batch.
 
+    Args:
+        stated: the batch per process in the run's config.toml, which is of its last start: after a
+            change of ranks neither the checkpoint's nor what this start needs. Nobody asks for it.
     Raises:
         CheckpointError: if the ranks do not divide it, or the options ask for another one.
     """
@@ -44,7 +49,7 @@ def fit_to_checkpoint(config: TrainConfig, then: Facts, world: World) -> TrainCo
     if config.batch_size * config.accumulate * world.size == global_batch_size:
         return config
     batch_size, rest = divmod(global_batch_size, config.accumulate * world.size)
-    if rest or config.batch_size != then.batch_size:
+    if rest or config.batch_size not in (then.batch_size, stated):
         raise CheckpointError(
             f"--resume: the checkpoint's global batch is {global_batch_size}; {world.size} "
             f"processes with --batch-size {config.batch_size} and --accumulate "

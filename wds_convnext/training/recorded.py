@@ -10,6 +10,7 @@ from wds_convnext.options import PER_CALL
 from wds_convnext.pool import num_cores
 from wds_convnext.shards.classes import with_classes
 from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.expand import stated_spec
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
@@ -72,7 +73,7 @@ def open_recorded_run(
     steps_done, facts = step_and_facts(checkpoint, path)
     options = {spec.name for spec in fields(TrainConfig)} - {*PER_CALL}
     config = TrainConfig(**{k: v for k, v in facts.config.items() if k in options})
-    spec = shards or config.shards
+    spec = shards or (config.shards and stated_spec(config.shards, path.parent))
     if spec is None:
         raise UsageError(f"{path}: does not say where its shards are. Give --shards.")
     dataset = open_dataset(spec, jobs=num_cores(), quiet=False)

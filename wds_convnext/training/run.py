@@ -114,16 +114,24 @@ class Run:
 
 
 def open_run(
-    config: TrainConfig, machine: Machine, *, checkpoint: dict[str, Any] | None, warn: Callable
+    config: TrainConfig,
+    machine: Machine,
+    *,
+    checkpoint: dict[str, Any] | None,
+    stated_batch: int | None = None,
+    warn: Callable,
 ) -> tuple[Run, list[str]]:
     """A run from its first step, or from a checkpoint's, and sentences about how it begins.
 
+    Args:
+        stated_batch: see `fit_to_checkpoint`.
     Raises:
         WdsConvnextError: if options, data, machine and checkpoint do not fit each other.
     """
     then = Facts.from_dict(checkpoint.get("facts", {})) if checkpoint else None
+    asked = config.batch_size
     if then:
-        config = fit_to_checkpoint(config, then, machine.world)
+        config = fit_to_checkpoint(config, then, machine.world, stated=stated_batch)
     num_workers(config.workers, ranks=machine.world.local_size)  # refuses too many
     train_data, val_data, val_spec = open_splits(
         config.require_shards(), config.val_shards, jobs=num_cores(), quiet=False
@@ -184,6 +192,11 @@ def open_run(
         ),
         facts=facts,
     )
+    if config.batch_size != asked:
+        notes.append(
+            f"--batch-size {asked} becomes {config.batch_size}, which keeps the run's global batch "
+            f"of {order.global_batch_size} with {machine.world.size} ranks."
+        )
     return run, [*notes, *_notes(run, val_data)]
 
 

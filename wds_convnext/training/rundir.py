@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError, sentence
 from wds_convnext.files import (
     replacing,
@@ -24,7 +25,7 @@ from wds_convnext.files import (
     unwritable,
     write_atomically,
 )
-from wds_convnext.options import format_toml
+from wds_convnext.options import format_toml, read_run_toml
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.distributed import World, decided_by_main
 from wds_convnext.training.runs import files_of_a_run, half_written
@@ -56,6 +57,13 @@ class RunDir:
                 "it. All machines must share the folder of the run."
             )
         return load_checkpoint(self.resumed)
+
+    def stated_batch(self) -> int | None:
+        """The batch per process in the config.toml of the run that goes on; None without one."""
+        path = self.resumed and self.resumed.parent / "config.toml"
+        if path is None or not path.is_file():
+            return None
+        return read_run_toml(path, TrainConfig, warn=lambda text: None).get("batch_size")
 
     def prepare(self, run: "Run") -> list[str]:
         """Make the folder ready: clear what a former run left there, write config.toml.

@@ -77,7 +77,10 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
 
 def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
     say, show = (progress.say, click.echo) if machine.world.is_main else (_drop, _drop)
-    run, notes = open_run(config, machine, checkpoint=rundir.load(), warn=warn)
+    checkpoint, stated_batch = rundir.load(), rundir.stated_batch()
+    run, notes = open_run(
+        config, machine, checkpoint=checkpoint, stated_batch=stated_batch, warn=warn
+    )
     notes += rundir.prepare(run)
     if rundir.resumed:
         step = run.state.step
