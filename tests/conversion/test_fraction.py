@@ -1,6 +1,7 @@
 """Splits by fraction: by content, so that rows stay where they are and duplicates together."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -150,6 +151,21 @@ def test_a_folder_converted_without_the_option_reads_as_complete(tmp_path):
     (tmp_path / "in" / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(UsageError, match="holds train with other options"):
         shards_of(tmp_path / "in", tmp_path / "out", **FRACTIONS)
+
+
+def test_a_part_without_rows_is_named_and_one_without_shards_is_a_problem(tmp_path):
+    """Of few rows all may fall to one side."""
+    source = write_source(tmp_path / "in", "folder", 12)
+    report = shards_of(source, tmp_path / "tiny", val_fraction=1e-9)
+    assert report.left_out == {"validation": "none of the 12 rows of train is in this fraction"}
+    assert not verify(str(tmp_path / "tiny"), against=source, jobs=1, quiet=True).problems
+    shards_of(source, tmp_path / "out", val_fraction=0.5)
+    for path in tmp_path.glob("out/train*"):
+        path.unlink()
+
+    (problem,) = verify(str(tmp_path / "out"), against=source, jobs=1, quiet=True).problems
+
+    assert re.fullmatch(r"missing, and .* has \d+ rows of this split", problem.what)
 
 
 @pytest.mark.parametrize(

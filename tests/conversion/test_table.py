@@ -36,6 +36,7 @@ TABLES = {
     "plain.csv": "file_name,label\n" + LINES,
     "bom.csv": "\ufefffile_name,label\r\n" + LINES.replace("\n", "\r\n"),
     "no_header.csv": LINES,
+    "spaces.csv": "file_name, label\n" + LINES.replace(",c", ", c").replace(",d", " , d"),
     "excel.csv": "path;kind\n" + LINES.replace('",', '";'),
     "tabs.tsv": "id\tpath\tclass\n" + "".join(f"{p}x\t{p}\t{c}\n" for p, c in ROWS),
     "by_content.csv": 'text,where,y\n"two\nlines",' + '\n"",'.join(LINES.splitlines()) + "\n",
@@ -95,13 +96,16 @@ def test_numbers_are_class_numbers_and_missing_labels_are_bad_rows(folder, tmp_p
 
 def test_missing_files_are_listed_and_left_out_on_request(folder, tmp_path):
     """By their paths."""
-    (folder / "a.csv").write_text("image,label\ngone/9.jpg,cat\n,cat\n" + LINES)
+    lines = "gone/9.jpg,cat\n,cat\nhttps://example.org/1.jpg,cat\n" + LINES
+    (folder / "a.csv").write_text("image,label\n" + lines)
 
-    with pytest.raises(DataError, match=r"2 of 5 rows .* gone/9.jpg: cannot be read \(No such"):
+    with pytest.raises(DataError, match=r"3 of 6 rows .* gone/9.jpg: cannot be read \(No such"):
         shards_of(folder / "a.csv", tmp_path / "out")
     shards_of(folder / "a.csv", tmp_path / "out", on_bad="skip")
 
     assert found(tmp_path / "out") == expected(folder)
+    listed = (tmp_path / "out/train.bad.jsonl").read_text().splitlines()
+    assert ["path" in listed[1], "a URL" in listed[2]] == [True, True]
 
 
 def test_a_column_of_splits_makes_splits(folder, tmp_path):

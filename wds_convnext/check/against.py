@@ -94,13 +94,19 @@ def open_inputs(
     return inputs
 
 
-def splits_without_shards(openers: dict[str, Opener], splits: list[ShardSplit]) -> dict[str, int]:
+def splits_without_shards(
+    openers: dict[str, Opener], inputs: dict[str, SourceSplit], splits: list[ShardSplit]
+) -> dict[str, int]:
     """The labelled splits of the input that are not among those of the shards, and their rows."""
     there = {split.name for split in splits}
+    parts = [part for part in inputs.values() if isinstance(part, SelectedRows)]
+    rows_of = {name: num for part in parts for name, num in part.parts.items() if num}
+    missing = {name: num for name, num in rows_of.items() if name not in there}
+    there |= {part.base.name for part in parts}
     stated = [split.manifest.options.get("columns") for split in splits if split.manifest]
     image, label = next(filter(None, stated), (None, None))
     opened, _ = open_splits(openers, image=image, label=label)
-    return {split.name: split.num_rows for split in opened if split.name not in there}
+    return missing | {split.name: split.num_rows for split in opened if split.name not in there}
 
 
 def compare_with_input(

@@ -124,7 +124,7 @@ def verify(
             for split in splits
         ]
     if against and os.path.isdir(spec):
-        for name, num_rows in splits_without_shards(openers, splits).items():
+        for name, num_rows in splits_without_shards(openers, inputs, splits).items():
             problem = Problem(
                 os.path.join(spec, f"{name}.json"),
                 f"missing, and {against} has {num_rows:,} rows of this split",

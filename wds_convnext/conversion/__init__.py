@@ -73,7 +73,7 @@ def convert(
         splits, left_out, class_names = _opened(source, config, quiet)
         _refuse_own_input(out, splits)
         if config.val_fraction or config.test_fraction:
-            splits = _divided(splits, class_names, config, quiet)
+            splits, left_out = _divided(splits, left_out, class_names, config, quiet)
         conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
         todo = [
             c
@@ -115,15 +115,22 @@ def _open(task: tuple[dict[str, Opener], ShardsConfig, bool], count: Count) -> O
 
 
 def _divided(
-    splits: list[SourceSplit], class_names: tuple[str, ...], config: ShardsConfig, quiet: bool
-) -> list[SourceSplit]:
-    """The splits, with validation and test taken from the training split."""
+    splits: list[SourceSplit],
+    left_out: dict[str, str],
+    class_names: tuple[str, ...],
+    config: ShardsConfig,
+    quiet: bool,
+) -> tuple[list[SourceSplit], dict[str, str]]:
+    """The splits, with validation and test taken from the training split, and those left out."""
     fractions = Fractions(config.val_fraction or 0.0, config.test_fraction or 0.0)
     base = choose_base(splits, fractions)
     with Workers(config.jobs) as workers:
         parts = divide(base, fractions, workers=workers, quiet=quiet)
     counted: list[SourceSplit] = [with_counts(part, class_names) for part in parts.values()]
-    return counted + [split for split in splits if split is not base]
+    asked = {base.name: 1.0, **vars(fractions)}
+    none = f"none of the {base.num_rows:,} rows of {base.name} is in this fraction"
+    empty = {name: none for name, share in asked.items() if share and name not in parts}
+    return counted + [split for split in splits if split is not base], left_out | empty
 
 
 def _refuse_own_input(out: str, splits: list[SourceSplit]) -> None:

@@ -57,13 +57,15 @@ class SelectedRows(SourceSplit):
     Attributes:
         base: the split.
         selected: int64, its rows, ascending; of a `part` those of the part.
-        first: the row of the first of them.
         fractions: by what the rows were chosen.
+        parts: how many rows each part has, by name; this one's, too.
+        first: the row of the first of them.
     """
 
     base: SourceSplit
     selected: np.ndarray
     fractions: Fractions
+    parts: dict[str, int]
     first: int = 0
 
     @property
@@ -141,26 +143,28 @@ def divide(
     tasks = [(base.part(start, stop), start, stop) for start, stop in zip(edges, edges[1:])]
     progress = Progress(f"{base.name}: hash", total=base.num_rows, quiet=quiet)
     hashes = np.concatenate(workers.run(_hash_rows, tasks, progress=progress))
-    parts = {}
-    for use, rows in fractions.select(hashes).items():
-        name = base.name if use == "train" else use
-        if len(rows):
-            parts[name] = SelectedRows(
-                name=name,
-                num_rows=len(rows),
-                num_bytes=base.num_bytes * len(rows) // base.num_rows,
-                digest=base.digest,
-                dataset=base.dataset,
-                files=base.files,
-                columns=base.columns,
-                class_names=base.class_names,
-                read_starts=tuple(np.searchsorted(rows, base.read_starts).tolist()),
-                notes=base.notes,
-                base=base,
-                selected=rows,
-                fractions=fractions,
-            )
-    return parts
+    selected = fractions.select(hashes)
+    selected = {base.name if use == "train" else use: rows for use, rows in selected.items()}
+    return {
+        name: SelectedRows(
+            name=name,
+            num_rows=len(rows),
+            num_bytes=base.num_bytes * len(rows) // base.num_rows,
+            digest=base.digest,
+            dataset=base.dataset,
+            files=base.files,
+            columns=base.columns,
+            class_names=base.class_names,
+            read_starts=tuple(np.searchsorted(rows, base.read_starts).tolist()),
+            notes=base.notes,
+            base=base,
+            selected=rows,
+            fractions=fractions,
+            parts={other: len(others) for other, others in selected.items()},
+        )
+        for name, rows in selected.items()
+        if len(rows)
+    }
 
 
 def with_counts(split: SelectedRows, class_names: tuple[str, ...]) -> SelectedRows:

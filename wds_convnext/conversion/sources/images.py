@@ -117,6 +117,8 @@ class FileSplit(SourceSplit):
         path = self.paths[row - self.first]
         if not path:
             return DataError("has no path")
+        if b"://" in path:
+            return DataError("a URL: download the images first")
         return read_image(os.path.join(os.fsencode(self.folder), path))
 
     def locate(self, row: int) -> tuple[str, None]:

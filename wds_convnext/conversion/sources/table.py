@@ -117,6 +117,12 @@ def _are_paths(column: pa.Array) -> bool:
     return sum(map(has_image_suffix, values)) * 2 > len(values)
 
 
+def _trimmed(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same texts without spaces around them, as after a comma."""
+    columns = [pc.utf8_trim_whitespace(column) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+
+
 class _Reader:
     """A CSV, TSV or JSON lines file, read in batches of columns; CSV's values are all text.
 
@@ -146,7 +152,8 @@ class _Reader:
         """The delimiter and the names of the columns; without a header they are f0, f1, …"""
         line = text.split("\n", 1)[0]
         self._delimiter = max("\t,;", key=line.count)
-        first = next(csv.reader(io.StringIO(text), delimiter=self._delimiter), [])
+        names = next(csv.reader(io.StringIO(text), delimiter=self._delimiter), [])
+        first = [name.strip() for name in names]
         self._has_header = not any(map(has_image_suffix, first))
         self._names = first if self._has_header else [f"f{i}" for i in range(len(first))]
 
@@ -154,7 +161,7 @@ class _Reader:
         """Batches of some columns, in their order; of all columns, if None."""
         try:
             with self._open(columns) as batches:
-                yield from batches
+                yield from batches if self.is_json else map(_trimmed, batches)
         except (pa.ArrowException, OSError, ValueError) as error:
             kind = "JSON lines" if self.is_json else "CSV"
             reason = str(error).splitlines()[0]
