@@ -107,7 +107,8 @@ class Run:
             f"{peak}\n"
             f"{data.name}: {len(data):,} samples in {len(data.shards)} shards, {validation}, "
             f"{data.num_classes} classes\n"
-            f"{config.epochs} epochs of {order.num_samples / order.global_batch_size:.1f} steps, "
+            f"{config.epochs} epoch{'s' * (config.epochs > 1)} of "
+            f"{order.num_samples / order.global_batch_size:.1f} steps, "
             f"global batch {order.global_batch_size}, on {machine.world.size} x {machine.device}, "
             f"{amp}, {'compiled' if machine.compiled else 'not compiled'}"
         )
