@@ -37,7 +37,7 @@ def long_validation(tmp_path_factory):
     """As the tiny shards, with a validation that takes its time."""
     folder = tmp_path_factory.mktemp("long")
     write_parquet(folder / "pictures", "train", [20])
-    write_parquet(folder / "pictures", "validation", [300])
+    write_parquet(folder / "pictures", "validation", [1000])
     convert(str(folder / "pictures"), out=str(folder / "data"), jobs=1, quiet=True)
     return folder / "data"
 
