@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         IndexConfig,
         InspectConfig,
         PredictConfig,
+        ReportConfig,
         ShardsConfig,
         TrainConfig,
         VerifyConfig,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from wds_convnext.report.classifier import Classifier, Guess, Prediction, load_classifier
     from wds_convnext.report.export import export
     from wds_convnext.report.predict import predict
+    from wds_convnext.report.write import write_report
     from wds_convnext.shards.dataset import Dataset, Sample
     from wds_convnext.shards.opening import open_dataset
     from wds_convnext.stream.loader import make_loader
@@ -60,6 +62,7 @@ _MODULES = {
         "IndexConfig",
         "InspectConfig",
         "PredictConfig",
+        "ReportConfig",
         "ShardsConfig",
         "TrainConfig",
         "VerifyConfig",
@@ -70,6 +73,7 @@ _MODULES = {
     "report.classifier": ["Classifier", "Guess", "Prediction", "load_classifier"],
     "report.export": ["export"],
     "report.predict": ["predict"],
+    "report.write": ["write_report"],
     "shards.dataset": ["Dataset", "Sample"],
     "shards.opening": ["open_dataset"],
     "stream.order": ["EvalOrder", "TrainOrder"],

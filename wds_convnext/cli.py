@@ -29,6 +29,7 @@ for command in (
     training.evaluate,
     training.explain,
     models.predict,
+    models.report,
     models.export,
     data.shards,
     data.verify,

@@ -1,11 +1,11 @@
-"""Commands that use a trained model: predict and export."""
+"""Commands that use a trained model: predict, report and export."""
 
 import sys
 from typing import Any
 
 import click
 
-from wds_convnext.config import ExportConfig, PredictConfig
+from wds_convnext.config import ExportConfig, PredictConfig, ReportConfig
 from wds_convnext.options import GroupedCommand, add_options
 
 
@@ -64,3 +64,32 @@ def export(run: str, **options: Any) -> None:
     from wds_convnext.report.export import export as export_model
 
     click.echo(export_model(named, config))
+
+
+@click.command(
+    cls=GroupedCommand,
+    examples="""
+wds-convnext report runs/big
+wds-convnext report runs/big --shards data/test.json --out test-report
+wds-convnext report runs/small runs/big
+""",
+)
+@click.argument("run")
+@click.argument("other", required=False)
+@add_options(ReportConfig)
+def report(run: str, other: str | None, **options: Any) -> None:
+    """Show what a model gets right and wrong, as a page and as pictures.
+
+    RUN is a run's folder (its best checkpoint), a checkpoint or an exported folder. With OTHER, the
+    page compares the two on the same samples: McNemar's test, and the images that changed.
+    Predictions are kept in the runs' folders, so that nothing is computed twice.
+    """
+    config = ReportConfig(**options)
+    from wds_convnext.training.runs import best_checkpoint
+
+    # Looked for before torch is imported, which takes seconds.
+    named = str(best_checkpoint(run))
+    other = other and str(best_checkpoint(other))
+    from wds_convnext.report.write import write_report
+
+    click.echo(write_report(named, other, config))

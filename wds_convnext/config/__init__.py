@@ -9,7 +9,7 @@ from wds_convnext.config.data import (
     VerifyConfig,
 )
 from wds_convnext.config.fields import ByteSize, Config, option
-from wds_convnext.config.models import ExportConfig, PredictConfig
+from wds_convnext.config.models import ExportConfig, PredictConfig, ReportConfig
 from wds_convnext.config.runs import EvalConfig, ExplainConfig
 from wds_convnext.config.training import (
     REFERENCE_BATCH_SIZE,
@@ -33,6 +33,7 @@ __all__ = [
     "IndexConfig",
     "InspectConfig",
     "PredictConfig",
+    "ReportConfig",
     "ShardsConfig",
     "TrainConfig",
     "WARMUP_EPOCHS",

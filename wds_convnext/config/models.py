@@ -44,6 +44,23 @@ class PredictConfig(UseConfig):
 
 
 @dataclass(frozen=True)
+class ReportConfig(UseConfig):
+    """What `wds-convnext report` looks at, and where it writes."""
+
+    shards: str | None = option(
+        None,
+        "Shards to report on. Default: those that the (first) run was validated on.",
+        group="Evaluation",
+    )
+    out: str | None = option(
+        None,
+        "Folder for page and pictures. Default: report/ in the run's.",
+        group="Output",
+        is_output=True,
+    )
+
+
+@dataclass(frozen=True)
 class ExportConfig(UseConfig):
     """Which files `wds-convnext export` writes, and what they are compared on."""
 

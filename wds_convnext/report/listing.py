@@ -209,14 +209,7 @@ class ImageReader:
             return image, None
         try:
             return self._read_member(reference[0], int(reference[1])), None
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+        except _UNREADABLE as error:
             raise DataError(f"cannot be read from the zip ({error})") from None
 
     def samples(self, dataset: int) -> SampleReader:

@@ -21,11 +21,16 @@ class EvalResult:
 
     @property
     def top1_interval(self) -> tuple[float, float]:
-        """The 95 % interval of top1 (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-        z, n = 1.959964, self.num_samples
-        center = (self.top1 + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(self.top1 * (1 - self.top1) / n + (z / n) ** 2 / 4)
-        return max(0.0, center - half), min(1.0, center + half)
+        """The 95 % interval of top1."""
+        return wilson_interval(self.top1, self.num_samples)
+
+
+def wilson_interval(share: float, num_samples: int) -> tuple[float, float]:
+    """The 95 % interval of a share of samples (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    z, n = 1.959964, num_samples
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / n) ** 2 / 4)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 @dataclass(frozen=True)
