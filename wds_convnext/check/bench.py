@@ -43,7 +43,9 @@ def bench(spec: str, config: BenchConfig | None = None, **options: Any) -> "Benc
     counts = [*powers, most] if config.workers is None else [config.workers]
     dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
     order = TrainOrder(dataset.sizes, config.seed, config.batch_size, config.shuffle_buffer)
-    transform = TrainTransform(config.image_size, color_jitter=config.color_jitter)
+    transform = TrainTransform(
+        config.image_size, color_jitter=config.color_jitter, decoder=config.decoder
+    )
     measured = sorted({1, *counts})  # one worker in any case: what handing over costs
     with Progress("Measuring", total=len(measured) + 1, unit="measurements") as progress:
         loads = Loads(

@@ -21,12 +21,13 @@ from wds_convnext.check.splits import (
 )
 from wds_convnext.config import IndexConfig
 from wds_convnext.door import parse_json, read_bounded
-from wds_convnext.errors import ShardError, UsageError, WdsConvnextError, listing
+from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError, listing
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
-from wds_convnext.shards.index import JSON_LABEL, index_content
+from wds_convnext.shards.decode import decode_rgb
+from wds_convnext.shards.index import DECODED, JSON_LABEL, index_content
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import differing_line, format_sidecar, sidecar_path
@@ -39,10 +40,12 @@ class IndexReport:
     """The manifests that were written, by path, and what of their shards is not used.
 
     `unused` counts extensions of members (`.txt`) and names of files that belong to no sample.
+    `damaged` names samples whose image does not decode, and the reason, if that was looked at.
     """
 
     manifests: dict[str, Dataset]
     unused: dict[str, Counter]
+    damaged: dict[str, list[str]]
     seconds: float
 
     def __str__(self) -> str:
@@ -57,6 +60,8 @@ class IndexReport:
             unused = [f"{name} {number:,}" for name, number in self.unused[path].most_common()]
             if unused:
                 lines.append(f"  not used: {listing(unused)}")
+            if damaged := self.damaged[path]:
+                lines.append(f"  do not decode: {len(damaged):,}, the first is {damaged[0]}")
         lines.append(f"{self.seconds:.1f} s")
         for path in self.manifests:
             if not is_held_out(Path(path).stem):
@@ -70,6 +75,7 @@ class IndexReport:
                 "num_shards": len(manifest.shards),
                 "num_classes": len(manifest.class_names),
                 "unused": dict(self.unused[path]),
+                **({"damaged": self.damaged[path]} if self.damaged[path] else {}),
             }
             for path, manifest in self.manifests.items()
         }
@@ -85,6 +91,7 @@ class IndexedShard:
     label_extension: str
     records: bytes
     unused: Counter
+    damaged: list[str]
 
 
 def index(
@@ -133,7 +140,8 @@ def index(
             )
     with _leaving_nothing(splits):
         with Workers(config.jobs) as workers:
-            indexed = [_index_split(split, label_field, workers, quiet) for split in splits]
+            decode = config.check == "decode"
+            indexed = [_index_split(s, label_field, decode, workers, quiet) for s in splits]
         names = _name_classes([shard for shards in indexed for shard in shards], class_names)
         manifests = {
             split.manifest_path: _make_manifest(split, shards, label_field, names)
@@ -149,7 +157,11 @@ def index(
         path: sum((shard.unused for shard in shards), Counter())
         for path, shards in zip(manifests, indexed)
     }
-    return IndexReport(manifests, unused, time.monotonic() - started)
+    damaged = {
+        path: [line for shard in shards for line in shard.damaged]
+        for path, shards in zip(manifests, indexed)
+    }
+    return IndexReport(manifests, unused, damaged, time.monotonic() - started)
 
 
 @contextlib.contextmanager
@@ -194,12 +206,12 @@ def read_class_names(path: str) -> tuple[str, ...]:
 
 
 def _index_split(
-    split: ShardSplit, label_field: str, workers: Workers, quiet: bool
+    split: ShardSplit, label_field: str, decode: bool, workers: Workers, quiet: bool
 ) -> list[IndexedShard]:
     progress = Progress(f"{split.name}: index", quiet=quiet)
     if split.manifest:
         label_field = split.manifest.label_field
-    tasks = [(path, label_field) for path in split.paths]
+    tasks = [(path, label_field, decode) for path in split.paths]
     indexed = workers.run(index_shard, tasks, progress=progress)
     for shard in indexed:
         _compare_with_manifest(shard.shard, split)
@@ -262,16 +274,23 @@ def _make_manifest(
     )
 
 
-def index_shard(task: tuple[str, str], count: Callable[[int, int], None]) -> IndexedShard:
-    """Check a shard (path, label field), and write its sidecar."""
-    path, label_field = task
+def index_shard(task: tuple[str, str, bool], count: Callable[[int, int], None]) -> IndexedShard:
+    """Check a shard (path, label field, whether to decode its images), and write its sidecar."""
+    path, label_field, decode = task
     members, skipped = read_tar(path)
-    records, highest, extension = bytearray(), -1, "cls"
+    records, highest, extension, damaged = bytearray(), -1, "cls", []
     unused = Counter(_short_name(name) for name in skipped)
     for sample in scan_shard(path, members, label_field=label_field, images=True):
         if sample.error is not None:
             raise sample.error
-        records += sample.record.pack()
+        record = sample.record
+        if decode:
+            try:
+                decode_rgb(sample.image)
+                record = record._replace(flags=record.flags | DECODED)
+            except DataError as error:
+                damaged.append(f"{path}, key {sample.key}: {error}")
+        records += record.pack()
         highest = max(highest, sample.label)
         extension = "json" if sample.record.flags & JSON_LABEL else "cls"
         unused.update(f".{other}" for other in sample.unused)
@@ -281,7 +300,8 @@ def index_shard(task: tuple[str, str], count: Callable[[int, int], None]) -> Ind
     num_bytes = os.path.getsize(path)
     count(len(members), num_bytes)
     shard = Shard(path, len(members), num_bytes, sha256)
-    return IndexedShard(shard, hash_keys(members), highest, extension, bytes(records), unused)
+    hashes = hash_keys(members)
+    return IndexedShard(shard, hashes, highest, extension, bytes(records), unused, damaged)
 
 
 def _short_name(name: str) -> str:

@@ -5,13 +5,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 
 from wds_convnext.check.measure import LoaderCost, measure_loader
 from wds_convnext.progress import Progress
+from wds_convnext.shards.boxdecoder import box_decoder
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import make_loader
@@ -185,6 +186,9 @@ class TimedReader:
     def describe(self, number: int) -> dict[str, str | int]:
         return self.reader.describe(number)
 
+    def is_known_to_decode(self, number: int) -> bool:
+        return self.reader.is_known_to_decode(number)
+
 
 class TimedTransform:
     """A training transform, its parts timed: seconds are added to `decode`, `resize`, `jitter`."""
@@ -192,6 +196,12 @@ class TimedTransform:
     def __init__(self, transform: TrainTransform, spent: Seconds):
         self.transform, self.spent = transform, spent
         self.image_size, self.NUM_DRAWS = transform.image_size, transform.NUM_DRAWS
+
+    def for_known(self) -> "TimedTransform":
+        """As in a worker: nothing else happens in this process meanwhile."""
+        if self.transform.decoder != "auto" or box_decoder() is None:
+            return self
+        return TimedTransform(replace(self.transform, decoder="nvimgcodec"), self.spent)
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
         started = time.perf_counter()

@@ -6,6 +6,7 @@ import click
 
 from wds_convnext.config.fields import (
     COUNT,
+    DECODER,
     FRACTION,
     IMAGE_SIZE,
     POSITIVE,
@@ -172,6 +173,13 @@ class IndexConfig(Config):
     class_names: str | None = option(
         None, "A file of class names, one per line. Default: the numbers.", group="Labels"
     )
+    check: str = option(
+        "read",
+        "Read each image for its checksum, or decode it as well and note that it does: training "
+        "then decodes large ones faster, see its --decoder.",
+        group="Checks",
+        type=click.Choice(["read", "decode"]),
+    )
     json: bool = option(False, "Print one JSON object.", group="Output")
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
@@ -192,6 +200,7 @@ class BenchConfig(Config):
         group="Loader",
         type=FRACTION,
     )
+    decoder: str = option("auto", "As in training.", group="Loader", type=DECODER)
     shuffle_buffer: int = option(100_000, "Samples shuffled together.", group="Loader", type=COUNT)
     workers: int | None = option(
         None,

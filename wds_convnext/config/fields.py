@@ -62,6 +62,7 @@ SEED = click.IntRange(0, 2**63 - 1)
 WORKERS = click.IntRange(0, 256)
 IMAGE_SIZE = click.IntRange(8, 4096)
 QUALITY = click.IntRange(1, 100)
+DECODER = click.Choice(["auto", "nvimgcodec", "simplejpeg", "pillow"])
 
 _PLAIN_TYPES = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
 

@@ -6,6 +6,7 @@ import click
 
 from wds_convnext.config.fields import (
     COUNT,
+    DECODER,
     FRACTION,
     IMAGE_SIZE,
     WORKERS,
@@ -58,6 +59,7 @@ class EvalConfig(Config):
         group="Evaluation",
         type=WORKERS,
     )
+    decoder: str = option("auto", "As in training.", group="Evaluation", type=DECODER)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 or mps.", group="Evaluation")
     amp: str = option(
         "auto",

@@ -7,6 +7,7 @@ import click
 
 from wds_convnext.config.fields import (
     COUNT,
+    DECODER,
     FRACTION,
     IMAGE_SIZE,
     NON_NEGATIVE,
@@ -79,6 +80,14 @@ class TrainConfig(Config):
         "Default: one per CPU core, at most 16.",
         group="Data",
         type=WORKERS,
+    )
+    decoder: str = option(
+        "auto",
+        "What decodes JPEGs, all to the same pixels: nvimgcodec (decodes only the crop; with "
+        "auto for samples that `shards` or `index --check decode` have seen decode), simplejpeg "
+        "or pillow.",
+        group="Data",
+        type=DECODER,
     )
     check_shards: bool = option(
         False,

@@ -43,7 +43,7 @@ from wds_convnext.progress import Progress
 from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.image import ImageSurvey
-from wds_convnext.shards.index import RECORD, index_content
+from wds_convnext.shards.index import RECORD, index_content, mark_decoded
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.spec import Shard
 
@@ -277,6 +277,8 @@ class Conversion:
     def _index(self, shards: tuple[Shard, ...]) -> Iterator[bytes]:
         """The content of the split's index file."""
         records = (records for records, _ in self._records(shards))
+        if self.config.check == "decode":  # so a row that does not decode is no sample
+            records = (mark_decoded(packed) for packed in records)
         return index_content(records, [shard.name for shard in shards], shards, checksums=True)
 
     def _records(self, shards: tuple[Shard, ...]) -> Iterator[tuple[bytes, bytes]]:

@@ -46,6 +46,7 @@ assert _STRUCT.size == RECORD.itemsize
 
 HAS_CHECKSUM = 1  # flags
 JSON_LABEL = 2  # the label stands in a .json member, not in .cls
+DECODED = 4  # the image was decoded once, whole, by the strict decoder
 
 
 class Record(NamedTuple):
@@ -85,6 +86,13 @@ def checksum(image: bytes | memoryview, label: int, sample: int) -> int:
     """
     seed = (int(sample) << 20 | int(label) & 0xFFFFF) & 0xFFFFFFFFFFFFFFFF
     return xxhash.xxh3_64_intdigest(image, seed=seed)
+
+
+def mark_decoded(records: bytes) -> bytes:
+    """Packed records, each saying that its image has decoded."""
+    marked = np.frombuffer(records, RECORD).copy()
+    marked["flags"] |= DECODED
+    return marked.tobytes()
 
 
 def stamp(shard: Shard) -> str:

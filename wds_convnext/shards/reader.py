@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from wds_convnext.errors import DataError, ShardError
 from wds_convnext.files import read_at
 from wds_convnext.shards.headers import BLOCK, announced_bytes
-from wds_convnext.shards.index import HAS_CHECKSUM, JSON_LABEL, Record, checksum
+from wds_convnext.shards.index import DECODED, HAS_CHECKSUM, JSON_LABEL, Record, checksum
 from wds_convnext.shards.spec import Shard, refuse_size
 from wds_convnext.shards.tar import Member, is_plain_member, read_members
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MUCH = 1 << 26  # bytes; more are only read where the file has them
 OTHER_FIELD = "wds-convnext index --label-field names another field."
+_KNOWN_TO_DECODE = HAS_CHECKSUM | DECODED
 _MAX_OPEN = 256
 _MAX_GAP = 8192  # bytes; an image and a label that are nearer than this are read together
 
@@ -67,6 +68,11 @@ class SampleReader:
             image_data = self._read_member(shard, image)
             label_data = self._read_member(shard, label)
         return image_data, self._checked_label(number, record, image_data, label_data)
+
+    def is_known_to_decode(self, number: int) -> bool:
+        """Whether the image that `read` gives, compared with its checksum, has decoded before."""
+        record = self._index.record(*self.dataset.locate(number))
+        return record.flags & _KNOWN_TO_DECODE == _KNOWN_TO_DECODE
 
     def will_read(self, number: int) -> None:
         """Ask the OS to prefetch a sample's image. Errors are ignored here; `read` raises them.

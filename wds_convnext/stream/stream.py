@@ -44,6 +44,8 @@ class Reader(Protocol):
 
     def describe(self, number: int) -> dict[str, str | int]: ...
 
+    def is_known_to_decode(self, number: int) -> bool: ...
+
 
 class Source(Protocol):
     """What makes the batches of a stream, by their numbers."""
@@ -171,9 +173,16 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
             images[i] = 0  # the memory was another batch's
         return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
 
+    @cached_property
+    def _for_known(self) -> Callable[[bytes, np.ndarray], torch.Tensor]:
+        """What stands for the transform where a sample is known to decode."""
+        for_known = getattr(self.transform, "for_known", None)
+        return for_known() if for_known else self.transform
+
     def _load_one(self, reader: Reader, sample: int, draws: np.ndarray) -> tuple[torch.Tensor, int]:
         data, label = reader.read(sample)
-        return self.transform(data, draws), label
+        transform = self._for_known if reader.is_known_to_decode(sample) else self.transform
+        return transform(data, draws), label
 
     def _raw_samples(self) -> Iterator[dict[str, str | bytes]]:
         with closing(self.open_reader()) as reader:

@@ -15,8 +15,9 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 """
 
 import math
+import multiprocessing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import permutations
 from typing import Any, ClassVar
@@ -24,7 +25,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from wds_convnext.shards.decode import Box, decode_rgb
+from wds_convnext.shards.boxdecoder import box_decoder
+from wds_convnext.shards.decode import Box, check_decoder, decode_rgb
 from wds_convnext.shards.limits import ImageError, check_num_pixels
 
 __all__ = [
@@ -104,9 +106,12 @@ class Preprocessing:
         """The transform for training; options are the other arguments of `TrainTransform`."""
         return TrainTransform(self.image_size, interpolation=self.interpolation, **options)
 
-    def eval_transform(self) -> "EvalTransform":
+    def eval_transform(self, *, decoder: str = "auto") -> "EvalTransform":
         return EvalTransform(
-            self.image_size, crop_ratio=self.crop_ratio, interpolation=self.interpolation
+            self.image_size,
+            crop_ratio=self.crop_ratio,
+            interpolation=self.interpolation,
+            decoder=decoder,
         )
 
 
@@ -124,14 +129,28 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5  # probability
     interpolation: str = "bilinear"
+    decoder: str = "auto"  # see `decode_rgb`
     NUM_DRAWS: ClassVar[int] = _NUM_CROP_DRAWS + 5
+
+    def __post_init__(self) -> None:
+        check_decoder(self.decoder)
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
         return self.jitter(self.resize(self.crop(data, draws), draws), draws)
 
+    def for_known(self) -> "TrainTransform":
+        """The same for images that are known to decode: `auto` is nvImageCodec if that works here.
+
+        In processes that multiprocessing started alone, as loader workers are: nvImageCodec listens
+        to stderr, to which other threads of a trainer may write.
+        """
+        if self.decoder == "auto" and multiprocessing.parent_process() and box_decoder():
+            return replace(self, decoder="nvimgcodec")
+        return self
+
     def crop(self, data: bytes, draws: np.ndarray) -> np.ndarray:
         """The pixels of the random crop, uint8 (H, W, 3)."""
-        return decode_rgb(data, partial(self.crop_box, draws))
+        return decode_rgb(data, partial(self.crop_box, draws), decoder=self.decoder)
 
     def crop_box(self, draws: np.ndarray, height: int, width: int) -> Box:
         """The random crop of an image of that size."""
@@ -172,10 +191,14 @@ class EvalTransform:
     image_size: int = 224
     crop_ratio: float = 0.875  # in (0, 1]
     interpolation: str = "bilinear"
+    decoder: str = "auto"  # see `decode_rgb`
     NUM_DRAWS: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        check_decoder(self.decoder)
+
     def __call__(self, data: bytes, draws: np.ndarray | None = None) -> torch.Tensor:
-        pixels = decode_rgb(data)
+        pixels = decode_rgb(data, decoder=self.decoder)
         height, width = pixels.shape[:2]
         height, width = _resized_size(height, width, round(self.image_size / self.crop_ratio))
         check_num_pixels(height, width)  # a strip of 1x60,000 would become 256x15,360,000

@@ -19,7 +19,10 @@ from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 def build_transform(config: TrainConfig, preprocessing: Preprocessing) -> TrainTransform:
     """What a run's loader does to each image."""
     return preprocessing.train_transform(
-        color_jitter=config.color_jitter, scale=(config.min_crop, 1.0), hflip=config.hflip
+        color_jitter=config.color_jitter,
+        scale=(config.min_crop, 1.0),
+        hflip=config.hflip,
+        decoder=config.decoder,
     )
 
 

@@ -89,6 +89,7 @@ def _evaluate_one(
         machine=machine,
         max_bad_samples=config.max_bad_samples,
         flag="--max-bad-samples",
+        decoder=config.decoder,
     )
     forward = FlipMean(model) if config.tta == "flip" else model
     with loading(evaluation.stream, config.workers, machine) as batches:

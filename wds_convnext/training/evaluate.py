@@ -151,6 +151,7 @@ def open_evaluation(
     machine: Machine,
     max_bad_samples: float,
     flag: str,
+    decoder: str = "auto",
     quiet: bool = False,
 ) -> Evaluation:
     """The evaluation of every sample of a split once, over all ranks."""
@@ -158,7 +159,7 @@ def open_evaluation(
         dataset,
         EvalOrder(dataset.sizes),
         batch_size=batch_size,
-        transform=preprocessing.eval_transform(),
+        transform=preprocessing.eval_transform(decoder=decoder),
         rank=machine.world.rank,
         world_size=machine.world.size,
     )

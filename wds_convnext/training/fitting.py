@@ -29,6 +29,7 @@ _FREE_OPTIONS = (
     "save_every",
     "keep",
     "check_shards",
+    "decoder",  # what it comes to is compared as environment
     "profile",
     "overwrite",
 )

@@ -15,6 +15,7 @@ from wds_convnext.config import TrainConfig
 from wds_convnext.pool import num_cores
 from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.decode import decoder_versions
 from wds_convnext.shards.expand import absolute_spec
 from wds_convnext.shards.opening import open_splits
 from wds_convnext.shards.reader import SampleReader
@@ -210,6 +211,7 @@ def _open_validation(
         preprocessing=facts.preprocessing,
         machine=machine,
         max_bad_samples=config.max_bad_val_samples,
+        decoder=config.decoder,
         flag="--max-bad-val-samples",
     )
 
@@ -266,6 +268,7 @@ def _facts(
             "torch": str(torch.__version__),
             "timm": timm.__version__,
             "numpy": np.__version__,
+            "decoder": decoder_versions(config.decoder),
             "device": machine.device.type,
             "amp": machine.amp,
             "compiled": machine.compiled,

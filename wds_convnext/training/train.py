@@ -155,6 +155,7 @@ def _evaluate_best(
         machine=run.machine,
         max_bad_samples=validation.max_bad_samples,
         flag=validation.flag,
+        decoder=run.config.decoder,
     )
     average = None if facts else run.state.average
     with (
