@@ -113,13 +113,13 @@ def _write_parquet(out: Path, samples: Iterator, num_images: int, schema) -> Non
 def _write_shards(formats: Path, out: Path) -> None:
     from wds_convnext.conversion import convert
 
-    convert(str(formats / "photos"), out=str(out))
+    convert(str(formats / "photos"), out=str(out), check="decode")
 
 
 def _write_shrunk_shards(formats: Path, out: Path) -> None:
     from wds_convnext.conversion import convert
 
-    convert(str(formats / "photos"), out=str(out), max_side=SHRUNK_SIDE)
+    convert(str(formats / "photos"), out=str(out), max_side=SHRUNK_SIDE, check="decode")
 
 
 def _write_files(formats: Path, out: Path) -> None:
@@ -173,7 +173,7 @@ def _write_ffcv_shards(formats: Path, out: Path) -> None:
     photos = out.with_name("ffcv jpegs")
     photos.mkdir()
     _write_parquet(photos, samples, len(files), schema)
-    convert(str(photos), out=str(out))
+    convert(str(photos), out=str(out), check="decode")
 
 
 FORMATS = {  # what it is made from, and how

@@ -4,6 +4,7 @@
     python tools/bench/bench_loader.py PARQUET --photo-size 32x32 --image-size 32 --measure 60000
     python tools/bench/bench_loader.py PARQUET --photo-size 4000x3000 --images 400 --batch-size 16
     python tools/bench/bench_loader.py PARQUET --loaders all
+    python tools/bench/bench_loader.py PARQUET --loaders ours --before CHECKOUT --measure 1500
 
 PARQUET is a folder in mini-imagenet's layout; its training images are repeated until there are
 --images, or so many are taken evenly. --photo-size brings each to one size before any format is
@@ -14,7 +15,8 @@ Every loader does RandomResizedCrop and a flip and gives batches; uint8 except w
 documented way is float. Each measurement is a process of its own, begins after a warm-up and meets
 no end of an epoch; it must take seconds (--measure), as batches are made ahead. Rounds go through
 all loaders in turn, so that a drift of the machine's speed hits all of them. "ours is" is our
-images/s over the row's, taken round by round: the median, then the lowest and highest. Memory is
+images/s over the row's, taken round by round: the median, then the lowest and highest; "its CPU is"
+the row's CPU time per image over ours, which other work on the machine disturbs less. Memory is
 the peak proportional set size of the process tree.
 
 A loader that fails, or whose library is missing, is left out with the reason. DALI comes with
@@ -57,6 +59,7 @@ from wds_convnext.errors import DataError, WdsConvnextError, did_you_mean
 
 LIBRARIES = (
     *("torch", "torchvision", "numpy", "pillow", "simplejpeg", "pyarrow", "webdataset"),
+    "nvidia-nvimgcodec-cu13",
     *("ffcv", "numba", "opencv-python", "nvidia-dali-cuda130", "wds-convnext"),
 )
 Results = dict[str, list[dict]]  # by loader, one LoaderCost for each round
@@ -73,15 +76,22 @@ def measure(name: str, setting: Setting, *, num_images: int) -> dict:
     return asdict(cost)
 
 
-def measure_apart(name: str, *, timeout_s: float) -> dict:
+def measure_apart(name: str, *, timeout_s: float, before: Path | None) -> dict:
     """The same in a process of its own, started with this one's arguments.
+
+    Args:
+        before: a checkout of another commit, which `before` is measured from.
 
     Raises:
         DataError: why there is no result, in one line.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
+    package = {"PYTHONPATH": str(before.resolve())} if name == "before" and before else {}
+    environment = os.environ | package
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, start_new_session=True, env=environment
+        )
         try:
             exit_code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -139,14 +149,16 @@ def prepare_all(names: list[str], formats: Path, write) -> dict[str, str]:
     return failures
 
 
-def run_rounds(names: list[str], failures: dict[str, str], *, rounds: int, timeout_s) -> Results:
+def run_rounds(
+    names: list[str], failures: dict[str, str], *, rounds: int, timeout_s, before
+) -> Results:
     """Measure all loaders in turn, again and again; those that fail move to `failures`."""
     results: Results = {name: [] for name in names if name not in failures}
     started, num_done = time.monotonic(), 0
     for number in range(1, rounds + 1):
         for name in list(results):
             try:
-                cost = measure_apart(name, timeout_s=timeout_s)
+                cost = measure_apart(name, timeout_s=timeout_s, before=before)
             except DataError as error:
                 failures[name] = str(error)
                 del results[name]
@@ -176,22 +188,30 @@ def summarize_loader(name: str, results: Results) -> dict:
     for field in ("cpu_ms_per_image", "peak_pss_mib", "first_batch_s"):
         values = [cost[field] for cost in rounds if cost[field] is not None]
         summary[field] = statistics.median(values) if values else None
-    summary["ours_is"] = {
-        mine: summarize(
-            [a["images_per_s"] / b["images_per_s"] for a, b in zip(results[mine], rounds)]
-        )
-        for mine in LOADERS[name].against
-        if mine in results
+    rivals = [mine for mine in LOADERS[name].against if mine in results]
+    summary["ours_is"] = {mine: ratios(results[mine], rounds, "images_per_s") for mine in rivals}
+    summary["its_cpu_is"] = {
+        mine: ratios(rounds, results[mine], "cpu_ms_per_image")
+        for mine in rivals
+        if summary["cpu_ms_per_image"]
     }
     return summary | {"rounds": rounds}
 
 
+def ratios(some: list[dict], others: list[dict], field: str) -> dict[str, float]:
+    """The ratio of two loaders' figures, round by round."""
+    return summarize([a[field] / b[field] for a, b in zip(some, others)])
+
+
 def report(summaries: dict[str, dict]) -> None:
     """A row per loader; one more where it is compared with a second of ours."""
-    titles = f"{'CPU ms':>9}{'PSS MiB':>9}{'first s':>9}"
+    titles = f"{'its CPU is':>20}{'CPU ms':>9}{'PSS MiB':>9}{'first s':>9}"
     click.echo(f"{'loader':26}{'images/s':>22}{'ours is':>20}{titles}")
     for name, summary in summaries.items():
-        ratios = [(mine, spread(r, 2, "x")) for mine, r in summary["ours_is"].items()]
+        compared = [
+            (mine, spread(r, 2, "x"), spread(summary["its_cpu_is"].get(mine), 2, "x"))
+            for mine, r in summary["ours_is"].items()
+        ]
         rate = spread(summary["images_per_s"], 0)
         costs = [
             f"{'n/a' if summary[field] is None else format(summary[field], f',.{digits}f'):>9}"
@@ -201,13 +221,15 @@ def report(summaries: dict[str, dict]) -> None:
                 ("first_batch_s", 2),
             )
         ]
-        first = ratios[0][1] if ratios else ""
-        click.echo(f"{name:26}{rate:>22}{first:>20}{''.join(costs)}")
-        for mine, ratio in ratios[1:]:
-            click.echo(f"{'  against ' + mine:48}{ratio:>20}")
+        _, ratio, cpu = compared[0] if compared else ("", "", "")
+        click.echo(f"{name:26}{rate:>22}{ratio:>20}{cpu:>20}{''.join(costs)}")
+        for mine, ratio, cpu in compared[1:]:
+            click.echo(f"{'  against ' + mine:48}{ratio:>20}{cpu:>20}")
 
 
-def spread(values: dict[str, float], digits: int, unit: str = "") -> str:
+def spread(values: dict[str, float] | None, digits: int, unit: str = "") -> str:
+    if values is None:
+        return "n/a"
     median, lowest, highest = (f"{value:,.{digits}f}" for value in values.values())
     return f"{median}{unit} ({lowest}-{highest})"
 
@@ -259,12 +281,15 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--workers", default=2, type=click.IntRange(min=0), show_default=True)
 @click.option("--loaders", default=DEFAULT_LOADERS, callback=parse_loaders, show_default=True)
 @click.option("--timeout", "timeout_s", default=600, type=COUNT, show_default=True, help="Seconds.")
+@click.option("--before", type=FOLDER, help="A checkout of another commit: adds it as a loader.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--one", hidden=True, help="Measure this loader, in this process.")
 def main(parquet, work, images, photo_size, image_size, batch_size, **options) -> None:
     """Measure loaders on the images of PARQUET. --loaders all adds color jitter."""
     formats = formats_folder(work, parquet, num_images=images, photo_size=photo_size)
     setting = Setting(formats, images, options["workers"], batch_size, image_size)
+    if options["before"] and "before" not in options["loaders"]:
+        options["loaders"].insert(1, "before")
     if options["one"]:
         measure_and_exit(options["one"], setting, num_images=options["measured"])
     write = partial(write_photos, parquet, images, photo_size)
@@ -272,7 +297,11 @@ def main(parquet, work, images, photo_size, image_size, batch_size, **options) -
         failures = prepare_all(options["loaders"], formats, write)
         timeout_s = options["timeout_s"]
         results = run_rounds(
-            options["loaders"], failures, rounds=options["rounds"], timeout_s=timeout_s
+            options["loaders"],
+            failures,
+            rounds=options["rounds"],
+            timeout_s=timeout_s,
+            before=options["before"],
         )
     except (WdsConvnextError, OSError) as error:
         raise click.ClickException(str(error)) from None

@@ -266,6 +266,7 @@ LOADERS = {
     "ours on shrunk shards": Loader(
         partial(ours, shards="shrunk-shards"), "shrunk-shards", by_default=False
     ),
+    "before": Loader(ours, "shards", by_default=False),
     "bare loop": Loader(bare_loop, "shards"),
     "ours in threads": Loader(our_threads, "shards", by_default=False),
     "ours on ffcv jpegs": Loader(partial(ours, shards="ffcv-shards"), "ffcv-shards", against=()),
