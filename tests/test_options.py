@@ -522,7 +522,7 @@ def test_every_option_says_what_it_is_for(config_class):
         assert spec.metadata["help"].endswith("."), spec.name
         assert spec.metadata["group"], spec.name
         kind = spec.metadata["type"]
-        if kind is not None and spec.default is not None:
+        if kind is not None and spec.default not in (None, ()):
             assert kind.convert(spec.default, None, None) == spec.default, spec.name
 
 

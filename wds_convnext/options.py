@@ -24,6 +24,7 @@ from wds_convnext.config.fields import (
     FiniteRange,
     check_value,
     flag_of,
+    is_repeated,
     python_type,
     refusal,
     value_type,
@@ -55,7 +56,7 @@ def _click_option(spec: Field) -> Callable[[Command], Command]:
     settings: dict[str, Any] = {
         "help": spec.metadata["help"],
         "default": spec.default,
-        "show_default": spec.default is not None and spec.default is not False,
+        "show_default": spec.default not in (None, ()) and spec.default is not False,
         "cls": ConfigOption,
         "group": spec.metadata["group"],
         "spec": spec,
@@ -66,6 +67,8 @@ def _click_option(spec: Field) -> Callable[[Command], Command]:
         return click.option(both, spec.name, is_flag=True, **settings)
     if spec.metadata["flag_value"] is not None:
         settings |= {"is_flag": False, "flag_value": spec.metadata["flag_value"]}
+    if is_repeated(spec):
+        settings["multiple"] = True
     kind = value_type(spec)
     # INTEGER, not INTEGER RANGE: the range itself stands after the help text.
     metavar = {click.IntRange: "INTEGER", FiniteRange: "FLOAT"}.get(type(kind))
@@ -283,12 +286,12 @@ def recipe_path(name: str) -> Path:
 
 
 def format_toml(config: Config) -> str:
-    """A config as TOML that `--config` reads back; options that are None are left out."""
+    """A config as TOML that `--config` reads back; options that are not set are left out."""
     lines = []
     for name, value in asdict(config).items():
-        if name in PER_CALL or value is None:
+        if name in PER_CALL or value in (None, ()):
             continue
-        if isinstance(value, str):
+        if isinstance(value, str | tuple):
             value = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         elif isinstance(value, bool):
             value = str(value).lower()

@@ -96,8 +96,8 @@ def test_a_fact_without_a_safe_default_is_missed_by_name(part, name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("crop_mode", "squash"),
-        ("interpolation", "bicubic"),
+        ("crop_mode", "five"),
+        ("interpolation", "lanczos"),
         ("std", [0.2, 0.2]),
         ("std", [0.2, 0.2, 0.0]),
         ("crop_ratio", 0.0),
@@ -207,7 +207,11 @@ def test_one_value_makes_transforms():
     preprocessing = Preprocessing(64, crop_ratio=0.5)
 
     assert preprocessing.train_transform(hflip=0.0) == TrainTransform(64, hflip=0.0)
-    assert preprocessing.eval_transform() == EvalTransform(64, crop_ratio=0.5)
+    assert preprocessing.eval_transform() == EvalTransform(
+        64,
+        crop_ratio=0.5,
+        fill=(124, 116, 104),  # of a border, as the mean
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ the difference, which would show a model that learns worse.
 import itertools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -54,9 +54,11 @@ def first_batches(dataset: Dataset, *, image_size: int, batch_size: int, steps: 
     return list(itertools.islice(stream, steps))
 
 
-def timms_model(name: str, *, num_classes: int, drop_path_rate: float) -> torch.nn.Module:
+def timms_model(
+    name: str, *, num_classes: int, drop_path_rate: float, model_args: Sequence[str]
+) -> torch.nn.Module:
     """What `create_model` gives, as timm makes it."""
-    assert not drop_path_rate
+    assert not drop_path_rate and not model_args
     return timm.create_model(name, num_classes=num_classes)
 
 
@@ -82,7 +84,7 @@ def losses_of(
     """The losses of one run over the batches."""
     machine = Machine(World(), torch.device("cpu"), amp)
     if is_timms:
-        with patch("wds_convnext.training.state.create_model", timms_model):
+        with patch("wds_convnext.training.model.create_model", timms_model):
             state, _ = build_state(config, num_classes=num_classes, machine=machine)
     else:
         state, _ = build_state(config, num_classes=num_classes, machine=machine)

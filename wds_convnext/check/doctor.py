@@ -136,6 +136,10 @@ def doctor(
             raise UsageError(f"{spec} and --shards {config.shards} exclude each other. Give one.")
         config = replace(config, shards=spec)
     config.require_shards()
+    if config.pretrained is not None:
+        from wds_convnext.training.pretrained import with_pretrained  # and torch with it
+
+        config = with_pretrained(config)
     case = _examine(config, quiet=quiet)
     checks = [Check.of(rule, case) for rule in DATA_RULES]
     from wds_convnext.check.machine import MACHINE_RULES  # and torch with it, which takes seconds

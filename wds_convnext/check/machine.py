@@ -16,11 +16,10 @@ from wds_convnext.files import free_bytes
 from wds_convnext.progress import Progress
 from wds_convnext.shards.spec import total_bytes
 from wds_convnext.stream.stream import Batch
-from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.stream.workers import num_workers
-from wds_convnext.training.augment import build_transform
+from wds_convnext.training.augment import build_transform, pixels_of
 from wds_convnext.training.distributed import Machine, join_world
-from wds_convnext.training.model import check_image_size, create_model
+from wds_convnext.training.model import check_image_size, model_for
 from wds_convnext.training.runs import RUNS
 from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, train_step
@@ -101,10 +100,8 @@ def checkpoint_bytes(config: DoctorConfig, *, num_classes: int) -> int:
         UsageError: if there is no such model, or it does not take the image size.
     """
     with torch.device("meta"):  # shapes without memory
-        model = create_model(
-            config.model, num_classes=num_classes, drop_path_rate=config.drop_path_rate
-        )
-        check_image_size(model, config.image_size)
+        model = model_for(config, num_classes=num_classes)
+        check_image_size(model, pixels_of(config).image_size)
     copies = 4 if config.ema_decay else 3
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return copies * parameters + sum(b.numel() * b.element_size() for b in model.buffers())
@@ -120,7 +117,7 @@ def loader_rate(case: Case) -> Iterator[Finding]:
         loads = Loads(
             case.train.dataset,
             order,
-            build_transform(config, Preprocessing(config.image_size)),
+            build_transform(config, pixels_of(config)),
             batch_size=batch_size,
             seconds=_LOADER_S,
             progress=progress,
@@ -150,14 +147,15 @@ def step_rate(case: Case) -> float | None:
         machine = _machine(config)
     except UsageError:  # `precision` says so
         return None
-    num_classes, size = case.train.dataset.num_classes, config.image_size
+    num_classes, preprocessing = case.train.dataset.num_classes, pixels_of(config)
+    size = preprocessing.image_size
     state, _ = build_state(config, num_classes=num_classes, machine=machine)
     recipe = build_recipe(
         config,
         state,
         num_classes=num_classes,
         machine=machine,
-        preprocessing=Preprocessing(size),
+        preprocessing=preprocessing,
     )
     images = torch.randint(256, (config.batch_size, 3, size, size), dtype=torch.uint8)
     batch = Batch(

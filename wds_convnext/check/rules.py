@@ -146,6 +146,7 @@ def label_mix(case: Case) -> Iterator[Finding]:
 def image_sizes(case: Case) -> Iterator[Finding]:
     """Most images are as large as --image-size, and not many times larger."""
     sides, size = case.train.survey.images.short_sides, case.config.image_size
+    assert size is not None  # `with_pretrained` filled it in
     if not sides:
         return
     median = case.train.survey.images.median_side

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from wds_convnext.config import DoctorConfig, EvalConfig, ExplainConfig, TrainConfig
+from wds_convnext.config import DoctorConfig, EvalConfig, ExplainConfig, TrainConfig, local_source
 from wds_convnext.errors import UsageError, listing
 from wds_convnext.files import format_json
 from wds_convnext.options import (
@@ -41,7 +41,9 @@ def add_train_options(config_class: type[TrainConfig]) -> Callable[[Command], Co
         )
 
     recipe = preset(
-        "--recipe", recipe_path, "A preset that ships with the package: article, cifar10, digits."
+        "--recipe",
+        recipe_path,
+        "A preset that ships with the package: article, cifar10, digits, finetune.",
     )
     config = preset(
         "--config",
@@ -98,6 +100,9 @@ def _say_what_is_read(config: TrainConfig) -> None:
         expand_spec(config.val_shards, use="validation")
     if config.init_from and not config.resume and not os.path.isfile(config.init_from):
         raise UsageError(f"--init-from {config.init_from}: no such file. Name a state dict.")
+    local = config.pretrained and not config.resume and local_source(config.pretrained)
+    if local and not os.path.exists(local):
+        raise UsageError(f"--pretrained {config.pretrained}: no such file or folder. Name one.")
     if os.environ.get("RANK", "0") == "0":
         last = f" to {os.path.basename(paths[-1])}" if len(paths) > 1 else ""
         shards = f"{len(paths)} shard{'s' * (len(paths) != 1)}"

@@ -17,6 +17,7 @@ from wds_convnext.config.training import (
     WARMUP_EPOCHS,
     DoctorConfig,
     TrainConfig,
+    local_source,
 )
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "TrainConfig",
     "WARMUP_EPOCHS",
     "VerifyConfig",
+    "local_source",
     "option",
 ]

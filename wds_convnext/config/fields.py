@@ -5,6 +5,7 @@ environment, a TOML file or Python: a config that exists is one that its command
 """
 
 import json
+import keyword
 import math
 import numbers
 import operator
@@ -30,6 +31,33 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class Channels(click.ParamType):
+    """Three numbers, of red, green and blue in [0, 1]: 0.485,0.456,0.406."""
+
+    name = "r,g,b"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+            self.fail(f"{value!r} is not three numbers; write e.g. 0.5,0.5,0.5", param, ctx)
+        return ",".join(f"{number:.9g}" for number in numbers)
+
+
+class KeyValue(click.ParamType):
+    """An argument for a function by its name: KEY=VALUE, the value a Python literal or text."""
+
+    name = "key=value"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        key, separator, _ = value.partition("=")
+        if not separator or not key.isidentifier() or keyword.iskeyword(key):
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return value
 
 
 class ByteSize(click.ParamType):
@@ -76,7 +104,7 @@ def option(
     flag_value: str | None = None,
     is_output: bool = False,
 ) -> Any:
-    """A dataclass field that is also a click option.
+    """A dataclass field that is also a click option; one whose default is () may be repeated.
 
     Args:
         is_output: something is written to the path that it holds. A URL is refused: without that,
@@ -101,6 +129,11 @@ def python_type(spec: Field) -> type:
     """bool, int, float or str: that of a field's values, None aside."""
     parts = (*get_args(spec.type), spec.type)
     return next(part for part in parts if isinstance(part, type) and part is not NoneType)
+
+
+def is_repeated(spec: Field) -> bool:
+    """Whether an option may be given several times; its value is then a tuple."""
+    return isinstance(spec.default, tuple)
 
 
 def value_type(spec: Field) -> click.ParamType:
@@ -146,6 +179,14 @@ def check_value(spec: Field, value: Any, where: str) -> Any:
     """
     if value is None and type(None) in get_args(spec.type):
         return None
+    if is_repeated(spec):
+        if not isinstance(value, list | tuple):
+            raise UsageError(refusal(spec, value, where))
+        return tuple(_check_one(spec, part, where) for part in value)
+    return _check_one(spec, value, where)
+
+
+def _check_one(spec: Field, value: Any, where: str) -> Any:
     kind, plain = value_type(spec), python_type(spec)
     try:
         if isinstance(kind, ByteSize) and isinstance(value, str):
@@ -175,6 +216,10 @@ def expectation(spec: Field) -> str:
     kind = value_type(spec)
     if isinstance(kind, ByteSize):
         return "a size, e.g. 500MB"
+    if isinstance(kind, Channels):
+        return "three numbers, e.g. 0.5,0.5,0.5"
+    if isinstance(kind, KeyValue):
+        return "KEY=VALUE, e.g. drop_rate=0.2; in TOML and Python a list of these"
     if spec.metadata["is_output"]:
         return "a local path, since nothing is written to remote stores. Copy it there afterwards"
     if isinstance(kind, click.Choice):

@@ -1,6 +1,7 @@
 """The options of a training run."""
 
 import math
+import os
 from dataclasses import dataclass
 
 import click
@@ -14,8 +15,10 @@ from wds_convnext.config.fields import (
     POSITIVE,
     SEED,
     WORKERS,
+    Channels,
     Config,
     FiniteRange,
+    KeyValue,
     option,
 )
 from wds_convnext.errors import UsageError
@@ -23,6 +26,17 @@ from wds_convnext.errors import UsageError
 # lr 4e-3 belongs to global batch 4096 (facebookresearch/ConvNeXt, TRAINING.md).
 REFERENCE_LR, REFERENCE_BATCH_SIZE = 4e-3, 4096
 WARMUP_EPOCHS = 5.0  # the article's; of a run that is short, a tenth of it
+_WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+_MODEL, _IMAGE_SIZE = "convnext_base", 224  # the article's
+
+
+def local_source(pretrained: str) -> str | None:
+    """The path that a --pretrained names; None if it names a tag of timm's or a repository."""
+    if pretrained.startswith("hf-hub:"):
+        return None
+    path = pretrained.removeprefix("local-dir:")
+    is_path = path != pretrained or os.sep in path or path.endswith(_WEIGHT_FILES)
+    return path if is_path or os.path.exists(path) else None
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,45 @@ class TrainConfig(Config):
         "Validation shards. Default: validation-* or val-* in the folder of the training shards.",
         group="Data",
     )
-    image_size: int = option(
-        224,
-        "Side of the square the model sees, in pixels; evaluation "
-        "resizes the short side to 8/7 of it and crops the center.",
-        group="Data",
+    image_size: int | None = option(
+        None,
+        "Side of the square the model sees, in pixels. Default: what --pretrained was trained "
+        "with, else 224.",
+        group="Pixels",
         type=IMAGE_SIZE,
+    )
+    crop: float | None = option(
+        None,
+        "Share of the resized image's side that evaluation crops. Default: that of --pretrained, "
+        "else 0.875.",
+        group="Pixels",
+        type=FiniteRange(0, 1, min_open=True),
+    )
+    crop_mode: str | None = option(
+        None,
+        "How evaluation makes a square of an image: of its short side, of both sides whatever the "
+        "shape, or of the long side with a border. Default: that of --pretrained, else center.",
+        group="Pixels",
+        type=click.Choice(["center", "squash", "border"]),
+    )
+    interpolation: str | None = option(
+        None,
+        "How images are resized, antialiased. Default: that of --pretrained, else bilinear.",
+        group="Pixels",
+        type=click.Choice(["bilinear", "bicubic"]),
+    )
+    mean: str | None = option(
+        None,
+        "Mean of red, green and blue, of pixels in [0, 1]. Default: that of --pretrained, else "
+        "ImageNet's.",
+        group="Pixels",
+        type=Channels(),
+    )
+    std: str | None = option(
+        None,
+        "Their standard deviation. Default: that of --pretrained, else ImageNet's.",
+        group="Pixels",
+        type=Channels(),
     )
     shuffle_buffer: int = option(
         100_000,
@@ -138,12 +185,40 @@ class TrainConfig(Config):
         0.1, "Part of each target spread over all classes.", group="Augmentation", type=FRACTION
     )
 
-    model: str = option("convnext_base", "Any timm model, by name.", group="Model")
+    model: str | None = option(
+        None,
+        "Any timm model, by name. Default: that of --pretrained, else convnext_base.",
+        group="Model",
+    )
+    model_arg: tuple[str, ...] = option(
+        (),
+        "An argument for timm's model, KEY=VALUE, such as drop_rate=0.2 or img_size=64. May be "
+        "repeated.",
+        group="Model",
+        type=KeyValue(),
+    )
     drop_path_rate: float = option(
         0.2, "Stochastic depth: the last block's drop rate.", group="Model", type=FRACTION
     )
+    pretrained: str | None = option(
+        None,
+        "Start from weights that others trained, with the pixels they were trained on: a tag of "
+        "timm's (convnext_tiny.fb_in22k_ft_in1k), hf-hub:owner/name, local-dir:folder, a "
+        ".safetensors or .pth file; alone, the default tag of --model.",
+        group="Model",
+        flag_value="default",
+    )
     init_from: str | None = option(
-        None, "Start from a timm state dict (fine-tuning).", group="Model"
+        None,
+        "Start from the weights in a file, and from nothing else of it: pixels are those of the "
+        "options.",
+        group="Model",
+    )
+    freeze: str | None = option(
+        None,
+        "Keep the parameters as they are whose name this regular expression finds, and their "
+        "BatchNorm in evaluation mode: '^(stem|stages.[01])'.",
+        group="Model",
     )
     ema_decay: float = option(
         0.0,
@@ -155,7 +230,14 @@ class TrainConfig(Config):
     epochs: int = option(300, "Passes over the training samples.", group="Optimization", type=COUNT)
     max_steps: int | None = option(
         None,
-        "Stop after so many steps; the schedule stays that of --epochs.",
+        "Stop after so many steps; the schedule stays that of --epochs. 0 validates and saves "
+        "the starting weights.",
+        group="Optimization",
+        type=click.IntRange(min=0),
+    )
+    early_stop: int | None = option(
+        None,
+        "Finish after so many validations in a row without a better accuracy.",
         group="Optimization",
         type=COUNT,
     )
@@ -177,6 +259,18 @@ class TrainConfig(Config):
         "(facebookresearch/ConvNeXt, TRAINING.md).",
         group="Optimization",
         type=COUNT,
+    )
+    layer_decay: float | None = option(
+        None,
+        "Factor on the learning rate from each of timm's layers to the one below it.",
+        group="Optimization",
+        type=FiniteRange(0, 1, min_open=True),
+    )
+    head_lr: float | None = option(
+        None,
+        "Peak learning rate of the classifier, on the schedule of --lr. Default: --lr.",
+        group="Optimization",
+        type=POSITIVE,
     )
     weight_decay: float = option(
         0.05,
@@ -269,6 +363,14 @@ class TrainConfig(Config):
             )
         if self.mixture is not None:
             self._take_shards_of_mixture()
+        if self.pretrained is not None and self.init_from is not None:
+            raise UsageError(
+                f"--init-from {self.init_from}: --pretrained {self.pretrained} is given as well. "
+                "Give the file to one of them; --pretrained takes the pixels over, too."
+            )
+        if self.pretrained is None:  # else `with_pretrained` fills in what is not given
+            object.__setattr__(self, "model", self.model or _MODEL)
+            object.__setattr__(self, "image_size", self.image_size or _IMAGE_SIZE)
         if self.warmup_epochs is None:
             is_short = self.epochs <= 3 * WARMUP_EPOCHS
             warmup_epochs = self.epochs / 10 if is_short else WARMUP_EPOCHS

@@ -20,7 +20,7 @@ Not measured: any of this on a GPU.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -280,16 +280,29 @@ def _projection(
     return fires, tangent
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict]:
-    """Two parameter groups of a model: without weight decay, then with it.
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict]:
+    """The parameter groups of a model: without weight decay, then with it.
 
     Tensors of at most one dimension (norms, biases, LayerScale gammas) are not decayed: they
     set a scale or an offset, and decay would pull gammas that start at 1e-6 back to zero.
     Frozen parameters are left out. The order is that of timm's `param_groups_weight_decay`.
+
+    Args:
+        lr_scales: factors on the learning rate by parameter; each of them makes two groups, with
+            the factor as their `lr_scale`, from the smallest on.
     Source: facebookresearch/ConvNeXt, optim_factory.py.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for scale in sorted({lr_scales[name] for name, _ in named}) if lr_scales else [None]:
+        params = [p for name, p in named if scale is None or (lr_scales or {})[name] == scale]
+        pair = [
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        ]
+        if scale is not None:
+            pair = [group | {"lr_scale": scale} for group in pair if group["params"]]
+        groups += pair
+    return groups

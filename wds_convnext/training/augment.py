@@ -7,13 +7,35 @@ to be read back from the device and nothing has to be stored to resume.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from wds_convnext.config import TrainConfig
+from wds_convnext.errors import UsageError
 from wds_convnext.rng import derive_key
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
+
+
+def pixels_of(config: TrainConfig) -> Preprocessing:
+    """How a run makes pixels of images; what its options leave open is as in version 0.1.0."""
+    options: dict[str, Any] = {
+        "image_size": config.image_size,
+        "crop_ratio": config.crop,
+        "crop_mode": config.crop_mode,
+        "interpolation": config.interpolation,
+        "mean": _channels(config.mean),
+        "std": _channels(config.std),
+    }
+    try:
+        return Preprocessing(**{k: v for k, v in options.items() if v is not None})
+    except ValueError as error:
+        raise UsageError(f"{error}. Give others with --mean and --std.") from None
+
+
+def _channels(text: str | None) -> tuple[float, ...] | None:
+    return None if text is None else tuple(map(float, text.split(",")))
 
 
 def build_transform(config: TrainConfig, preprocessing: Preprocessing) -> TrainTransform:

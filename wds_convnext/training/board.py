@@ -17,8 +17,8 @@ from wds_convnext.training.batchsheet import BatchSheet
 from wds_convnext.training.checkpoint import Facts
 
 _GAUGES = {"images_per_s", "data_wait", "tflops_per_s", "mfu", "optimizer_ms", "memory_gb"}
-_TUNED = {"Augmentation", "Model", "Optimization"}  # groups of options
-_ALSO_TUNED = {"image_size", "shuffle_buffer", "seed"}
+_TUNED = {"Pixels", "Augmentation", "Model", "Optimization"}  # groups of options
+_ALSO_TUNED = {"shuffle_buffer", "seed"}
 _JUDGED_BY = ("eval/accuracy", "eval/loss", "train/epoch_loss")
 
 
@@ -49,9 +49,10 @@ class Board:
         lines = [f"{name} = {value}" for name, value in rows.items()]
         self._writer.add_text("facts", _as_code(f"{introduction}\n\n" + "\n".join(lines)), step)
         tuned = {
-            spec.name: getattr(config, spec.name)
+            spec.name: " ".join(value) if isinstance(value, tuple) else value
             for spec in fields(config)
             if spec.metadata["group"] in _TUNED or spec.name in _ALSO_TUNED
+            for value in [getattr(config, spec.name)]
         }
         # Into the run's own events: `add_hparams` would make a second run of them. Without a
         # session's end TensorBoard takes it as running, and shows it all the same.

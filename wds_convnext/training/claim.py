@@ -46,7 +46,11 @@ def _choose(
 
 
 def _hold(
-    folder: Path | None, model: str, held: contextlib.ExitStack, *, warn: Callable[[str], None]
+    folder: Path | None,
+    model: str | None,
+    held: contextlib.ExitStack,
+    *,
+    warn: Callable[[str], None],
 ) -> Path:
     """Lock a folder (None: a new one under runs/); one made here is removed if it stays empty."""
     is_new = folder is None or not folder.exists()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from wds_convnext.config import TrainConfig
+from wds_convnext.config.fields import flag_of
 from wds_convnext.errors import CheckpointError, TrainingError, listing
 from wds_convnext.shards.classes import class_difference
 from wds_convnext.training.checkpoint import Facts
@@ -24,6 +25,8 @@ _FREE_OPTIONS = (
     "on_nonfinite",
     "max_skips",
     "init_from",
+    "pretrained",
+    "early_stop",
     "log_every",
     "val_every",
     "save_every",
@@ -80,11 +83,19 @@ def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
                 "scratch without --resume, in another --out."
             )
         # By their names: the folder may have moved, and version 0.1.0 stored relative paths.
-        if name == "init_from" and new and os.path.basename(new) != os.path.basename(old or ""):
+        is_source = name in ("init_from", "pretrained")
+        if is_source and new and os.path.basename(new) != os.path.basename(old or ""):
+            flag = flag_of(name)
             raise CheckpointError(
-                f"--init-from {new}: a run that is resumed goes on with its own weights (it "
-                f"started from {old or 'fresh ones'}). Leave --init-from out, or start from "
+                f"{flag} {new}: a run that is resumed goes on with its own weights (it "
+                f"started from {old or 'fresh ones'}). Leave {flag} out, or start from "
                 "scratch without --resume, in another --out."
+            )
+        if name in ("freeze", "layer_decay", "head_lr") and old != new:
+            raise CheckpointError(
+                f"--resume: the checkpoint has {flag_of(name)} {old}, this run {new}: what is "
+                "trained together cannot change in mid-run. Resume with the same, or start from "
+                "scratch without --resume, in another --out, with --pretrained."
             )
         if name == "ema_decay" and bool(old) != bool(new):
             raise CheckpointError(
@@ -105,9 +116,9 @@ def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
     free: tuple[str, ...] = _FREE_OPTIONS
     if then.config.get("scale_lr") == now.config.get("scale_lr") == "none":
         free += ("reference_batch_size",)
+    free += ("image_size", "crop", "crop_mode", "interpolation", "mean", "std")
     for part, name, old, new in differences:
-        # The image size is an option as well, and one warning is enough.
-        is_pixels = part == "preprocessing" and name != "image_size"
+        is_pixels = part == "preprocessing"  # which these options come to
         if is_pixels or part == "environment" or (part == "config" and name not in free):
             warn(
                 f"Resuming with {name} {new}, the checkpoint had {old}: "

@@ -64,7 +64,7 @@ def _train_and_validate(
         is_best = _validate(run, run.validation, batches, log=log)
         _save(run, log=log, rundir=rundir, is_best=is_best)
     with tracing(trace) as end_traced_step:
-        while state.step < schedule.last_step:
+        while state.step < schedule.last_step and not run.is_stale:
             # One optimizer step. It is queued on the device, and nothing of it is read.
             epoch = order.epoch_of(state.step)
             lr = run.lr(state.step)
@@ -104,8 +104,14 @@ def _train_and_validate(
                 is_best = _validate(run, run.validation, batches, log=log)
                 watch.lap()  # images per second are those of training alone
             # After all the rest, so that a resumed run repeats and misses nothing of it.
+            saves |= run.is_stale
             if saves or is_best:
                 _save(run, log=log, rundir=rundir, by_step=saves, is_best=is_best)
+    if run.is_stale:
+        log.say(
+            f"Stopped early, after step {state.step}: {state.num_stale} validations in a row were "
+            f"not better than {state.best_top1:.2%} (--early-stop {config.early_stop})."
+        )
 
 
 def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> None:
@@ -219,6 +225,7 @@ def _validate(run: "Run", evaluation: Evaluation, batches: Iterator[Batch], *, l
     is_best = result.top1 > state.best_top1 and math.isfinite(result.loss)
     if is_best:
         state.best_top1 = result.top1
+    state.num_stale = 0 if is_best else state.num_stale + 1
     state.owes_validation = False
     log.bad_samples([{"step": state.step, **bad} for bad in result.left_out])
     epoch = run.order.epoch_of(state.step - 1)

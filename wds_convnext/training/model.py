@@ -1,21 +1,32 @@
 """Models by timm's names, their starting weights, and compilation."""
 
+import ast
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from wds_convnext.errors import CheckpointError, UsageError, did_you_mean
+from wds_convnext.config import TrainConfig
+from wds_convnext.errors import CheckpointError, UsageError, did_you_mean, listing
 from wds_convnext.shards.classes import class_difference
-from wds_convnext.training.weights import read_weights
+from wds_convnext.training.weights import head_keys, read_weights
 
 
-def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    drop_path_rate: float = 0.0,
+    model_args: Sequence[str] = (),
+) -> nn.Module:
     """A timm model with fresh weights.
 
+    Args:
+        model_args: more arguments for timm's function, as KEY=VALUE.
     Raises:
-        UsageError: if timm has no such model, or it takes no stochastic depth.
+        UsageError: if timm has no such model, it takes no stochastic depth, or not the arguments.
     """
     import timm  # 1 s; what evaluates a config or prints help does not pay for it
     from timm.models.convnext import ConvNeXtBlock
@@ -23,18 +34,87 @@ def create_model(name: str, *, num_classes: int, drop_path_rate: float = 0.0) ->
     if not timm.is_model(name):
         known = timm.list_models()
         raise UsageError(f"--model {name}: timm has no such model.{did_you_mean(name, known)}")
+    options = parse_model_args(model_args)
     depth: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=num_classes, **depth)
-    except TypeError as error:
+        model = timm.create_model(
+            name, pretrained=False, num_classes=num_classes, **depth, **options
+        )
+    except Exception as error:  # what a model makes of a value that it does not take
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if depth and isinstance(error, TypeError) and "drop_path_rate" in reason:
+            raise UsageError(
+                f"--model {name}: does not take --drop-path-rate {drop_path_rate:g} ({error}). "
+                "Give --drop-path-rate 0."
+            ) from None
+        if not options:
+            raise
         raise UsageError(
-            f"--model {name}: does not take --drop-path-rate {drop_path_rate:g} ({error}). "
-            "Give --drop-path-rate 0."
+            f"--model-arg {' '.join(model_args)}: {name} does not take it ({reason}). "
+            "Arguments are those of timm.create_model for this model."
         ) from None
     for module in model.modules():
         if isinstance(module, ConvNeXtBlock):
             module.register_forward_hook(_to_autocast_dtype)
     return model
+
+
+# What has an option of its own, decides what a file is trusted to do, or makes another thing.
+_NOT_MODEL_ARGS = (
+    "model_name",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "num_classes",
+    "in_chans",
+    "drop_path_rate",
+    "features_only",
+    "scriptable",
+    "exportable",
+    "no_jit",
+)
+_MAX_MODEL_ARG = 1000  # characters
+
+
+def parse_model_args(model_args: Sequence[str]) -> dict[str, Any]:
+    """Arguments by name of KEY=VALUE texts; a value that is no Python literal is text.
+
+    Raises:
+        UsageError: if a key is not for a user to give, or a text is very long.
+    """
+    options: dict[str, Any] = {}
+    for text in model_args:
+        key, _, value = text.partition("=")
+        if key in _NOT_MODEL_ARGS or len(text) > _MAX_MODEL_ARG:
+            reason = "has an option of its own, or is fixed" if key in _NOT_MODEL_ARGS else "long"
+            raise UsageError(f"--model-arg {text[:60]}: {key[:60]} {reason}. Leave it out.")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            options[key] = value
+    return options
+
+
+def named_args(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments by name, from a config.json, as `parse_model_args` takes them.
+
+    Left out are those that are decided here: the number of classes, three channels.
+    """
+    kept = {key: value for key, value in arguments.items() if key not in _NOT_MODEL_ARGS}
+    return tuple(f"{key}={value!r}" for key, value in kept.items())
+
+
+def model_for(config: TrainConfig, *, num_classes: int) -> nn.Module:
+    """The model that a config names, with fresh weights."""
+    assert config.model is not None  # `with_pretrained` filled it in
+    return create_model(
+        config.model,
+        num_classes=num_classes,
+        drop_path_rate=config.drop_path_rate,
+        model_args=config.model_arg,
+    )
 
 
 def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -70,10 +150,14 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
         model(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        made_for = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 0, 0))[1]
-        advice = f"Use {made_for}, which it was made for." if made_for else "Use a multiple of 32."
+        facts = getattr(model, "pretrained_cfg", {})
+        made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        side = made_for[0] if made_for else facts.get("input_size", (3, 0, 0))[1]
+        advice = f"Use {side}, which it was made for" if side else "Use a multiple of 32"
+        if facts.get("fixed_input_size"):
+            advice += f", or make it for another: --model-arg img_size={image_size}"
         raise UsageError(
-            f"--image-size {image_size}: the model cannot take it ({reason}). {advice}"
+            f"--image-size {image_size}: the model cannot take it ({reason}). {advice}."
         ) from None
 
 
@@ -92,49 +176,66 @@ def check_batch_of_one(model: nn.Module, image_size: int) -> None:
         ) from None
 
 
-def init_from(model: nn.Module, path: str, *, class_names: tuple[str, ...] | None = None) -> str:
+def init_from(
+    model: nn.Module,
+    path: str,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    source: str | None = None,
+    trained_for: tuple[str, ...] | None = None,
+) -> str:
     """Start from a file of weights (`.pt`, `.pth`, `.safetensors`), see `read_weights`.
 
     A classifier of other classes is left fresh: of another number, or of other names or their
-    order, where the file states them.
+    order, where these are known. Tensors of modules that the model does not have, of a teacher or
+    a loss, are left out if everything else fits.
 
+    Args:
+        source: what --pretrained named, if it did; else the file is that of --init-from.
+        trained_for: the names of the weights' classes, unless the file states them.
     Returns:
-        One sentence on what was loaded and what was not.
+        One sentence on what was loaded, what is fresh and what was left out.
     Raises:
         CheckpointError: if it cannot be read or belongs to another model.
     """
-    weights, trained_for = read_weights(path, model)
-    own = model.state_dict()
+    option = "--pretrained" if source else "--init-from"
+    found = read_weights(path, model, option=option)
+    own, weights = model.state_dict(), found.tensors
     fits = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    head = set(_head_keys(model))
+    head = set(head_keys(model))
     misfits = [key for key in own if key not in fits and key not in head]
-    misfits += [key for key in weights if key not in own]
+    modules = {name for name, _ in model.named_children()}
+    left_out = [key for key in weights if key not in own]
+    misfits += [key for key in left_out if misfits or key.partition(".")[0] in modules]
     if misfits or not fits:
-        first = misfits[0] if misfits else "all"
-        expected, found = (
-            tuple(tensors[first].shape) if first in tensors else "none"
-            for tensors in (own, weights)
-        )
-        advice = "Choose the --model it was saved from."
-        if weights and not weights.keys() & own.keys():
-            advice = f"Choose the --model it was saved from, or give {next(iter(weights))} and all "
-            advice += "others the names that timm has for them."
         raise CheckpointError(
-            f"--init-from {path}: weights of another model: {len(misfits)} tensors do not fit the "
-            f"{len(own)} of this one, first {first} (expected {expected}, found {found}). " + advice
+            f"{option} {source or path}: weights of another model: "
+            + _misfit(misfits, own=own, weights=weights)
         )
-    reason = "of another size"
+    trained_for, reason = found.class_names or trained_for, "of another size"
     if class_names and trained_for and (difference := class_difference(class_names, trained_for)):
         fits = {key: value for key, value in fits.items() if key not in head}
         reason = f"of other classes ({difference})"
     model.load_state_dict(fits, strict=False)
     fresh = [key for key in own if key not in fits]
+    order = ", by their order, as the names are others" * found.in_order
     left = f"; left fresh, being {reason}: {', '.join(fresh)}" if fresh else ""
-    return f"Started from {path}: {len(fits)} of {len(own)} tensors{left}."
+    unused = f"; left out, being no part of the model: {listing(left_out)}" if left_out else ""
+    return f"Started from {source or path}: {len(fits)} of {len(own)} tensors{order}{left}{unused}."
 
 
-def _head_keys(model: nn.Module) -> list[str]:
-    found = model.get_classifier()  # type: ignore[operator]  # a method that timm's models add
-    heads = found if isinstance(found, tuple) else (found,)  # distilled models have two
-    prefixes = tuple(name + "." for name, module in model.named_modules() if module in heads)
-    return [key for key in model.state_dict() if key.startswith(prefixes)]
+def _misfit(
+    misfits: list[str], *, own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
+) -> str:
+    first = misfits[0] if misfits else "all"
+    expected, found = (
+        tuple(tensors[first].shape) if first in tensors else "none" for tensors in (own, weights)
+    )
+    advice = "Choose the --model it was saved from."
+    if weights and not weights.keys() & own.keys():
+        advice = f"Choose the --model it was saved from, or give {next(iter(weights))} and all "
+        advice += "others the names that timm has for them."
+    return (
+        f"{len(misfits)} tensors do not fit the {len(own)} of this one, first {first} "
+        f"(expected {expected}, found {found}). {advice}"
+    )

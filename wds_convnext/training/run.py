@@ -12,6 +12,7 @@ import torch
 
 import wds_convnext
 from wds_convnext.config import TrainConfig
+from wds_convnext.errors import UsageError
 from wds_convnext.pool import num_cores
 from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset
@@ -24,13 +25,14 @@ from wds_convnext.stream.order import TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.stream.workers import num_workers
-from wds_convnext.training.augment import build_transform
+from wds_convnext.training.augment import build_transform, pixels_of
 from wds_convnext.training.checkpoint import DataFacts, Facts, taking_over
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.fitting import check_ranks, check_resumable, fit_to_checkpoint
 from wds_convnext.training.monitor import Gauges, build_gauges
+from wds_convnext.training.pretrained import absolute_source
 from wds_convnext.training.sampling import build_weighting, describe, with_absolute_weights
 from wds_convnext.training.schedule import lr_schedule, schedule_notes, validation_schedule
 from wds_convnext.training.state import TrainState, build_state
@@ -58,6 +60,12 @@ class Run:
     @property
     def preprocessing(self) -> Preprocessing:
         return self.facts.preprocessing
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether --early-stop ends the run here."""
+        limit = self.config.early_stop
+        return limit is not None and self.state.num_stale >= limit
 
     def stream(self) -> ShardStream | ValidatedStream:
         """This rank's batches from the state's step on, with validations in their place."""
@@ -104,8 +112,8 @@ class Run:
         work = "an unknown number of FLOP" if flops is None else f"{flops / 1e9:.3g} GFLOP"
         peak = f"; peak {self.gauges.peak / 1e12:.0f} TFLOP/s" if self.gauges.peak else ""
         return (
-            f"{config.model}: {num_parameters / 1e6:.1f} M parameters, {work} per training image"
-            f"{peak}\n"
+            f"{self.facts.model}: {num_parameters / 1e6:.1f} M parameters, "
+            f"{work} per training image{peak}\n"
             f"{data.name}: {len(data):,} samples in {len(data.shards)} shards, {validation}, "
             f"{data.num_classes} classes\n"
             f"{config.epochs} epoch{'s' * (config.epochs > 1)} of "
@@ -162,6 +170,14 @@ def open_run(
         check_resumable(then, facts, warn=warn)
         with taking_over():
             state.load_state_dict(checkpoint)
+    for flag, needs_validation in (
+        (f"--early-stop {config.early_stop}", config.early_stop is not None),
+        ("--max-steps 0", config.max_steps == 0),
+    ):
+        if needs_validation and val_data is None:
+            raise UsageError(f"{flag}: there are no validation shards. Name some: --val-shards.")
+    if config.max_steps == 0:  # what the starting weights are worth
+        state.owes_validation = then is None
     check_ranks(
         facts,
         step=state.step,
@@ -188,7 +204,7 @@ def open_run(
         recipe=recipe,
         gauges=build_gauges(
             state.model,
-            image_size=config.image_size,
+            image_size=facts.preprocessing.image_size,
             machine=machine,
             timer=recipe.optimizer_timer,
         ),
@@ -236,6 +252,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         shards=absolute_spec(config.require_shards()),
         val_shards=config.val_shards and absolute_spec(config.val_shards),
         init_from=config.init_from and os.path.abspath(config.init_from),
+        pretrained=config.pretrained and absolute_source(config.pretrained),
     )
 
 
@@ -249,10 +266,10 @@ def _facts(
 ) -> Facts:
     """What a run's checkpoints say about it."""
     return Facts(
-        model=config.model,
+        model=config.model or "",
         class_names=train_data.class_names,
         batch_size=config.batch_size,
-        preprocessing=Preprocessing(config.image_size),
+        preprocessing=pixels_of(config),
         data=DataFacts(
             shards=train_data.digest,
             seed=order.seed,

@@ -28,10 +28,10 @@ def lr_schedule(config: TrainConfig, order: TrainOrder) -> Callable[[int], float
 
 def validation_schedule(config: TrainConfig, order: TrainOrder) -> ValidationSchedule:
     """After which steps of a run the model is validated, and which is its last."""
-    num_steps = order.num_steps(config.epochs)
-    return ValidationSchedule(
-        order, every=config.val_every, last_step=min(num_steps, config.max_steps or num_steps)
-    )
+    last_step = order.num_steps(config.epochs)
+    if config.max_steps is not None:
+        last_step = min(last_step, config.max_steps)
+    return ValidationSchedule(order, every=config.val_every, last_step=last_step)
 
 
 def lr_warning(config: TrainConfig, global_batch_size: int) -> str | None:

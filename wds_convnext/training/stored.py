@@ -20,7 +20,7 @@ from wds_convnext.training.checkpoint import (
     step_and_facts,
     taking_over,
 )
-from wds_convnext.training.model import create_model
+from wds_convnext.training.model import create_model, named_args
 from wds_convnext.training.runs import CONFIG, WEIGHTS, best_checkpoint
 
 OWN = "wds_convnext"  # the part of an exported config.json that timm does not read
@@ -28,6 +28,7 @@ _SHAPE = {
     "architecture": text,
     "num_classes": count,
     "label_names": [text],
+    "model_args?": {},
     OWN: {"weights": text, "step": count, "preprocessing": {}, "dataset": text},
 }
 
@@ -44,6 +45,7 @@ class StoredModel:
     step: int
     dataset: str  # that it was trained on, by name
     state: Mapping[str, torch.Tensor] = field(repr=False)  # mapped from the file
+    model_args: tuple[str, ...] = ()  # of --model-arg
     facts: Facts | None = field(default=None, repr=False)  # of a checkpoint
 
     @property
@@ -66,7 +68,7 @@ class StoredModel:
         Raises:
             CheckpointError: if the weights are not of this model.
         """
-        model = create_model(self.name, num_classes=self.num_classes)
+        model = create_model(self.name, num_classes=self.num_classes, model_args=self.model_args)
         with taking_over():
             model.load_state_dict(self.state)
         return model.eval()
@@ -77,6 +79,7 @@ class StoredModel:
         A checkpoint and what was exported from it have the same one.
         """
         facts = [self.name, self.preprocessing.to_dict(), self.class_names]
+        facts += [self.model_args] if self.model_args else []
         digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
         for name in sorted(self.state):
             tensor = self.state[name].detach().contiguous()
@@ -110,6 +113,7 @@ def _open_checkpoint(path: Path) -> StoredModel:
         step=step,
         dataset=facts.dataset,
         state=state,
+        model_args=tuple(facts.config.get("model_arg", ())),
         facts=facts,
     )
 
@@ -130,6 +134,7 @@ def _open_exported(folder: Path) -> StoredModel:
             step=own["step"],
             dataset=own["dataset"],
             state=load_file(folder / WEIGHTS),
+            model_args=named_args(content.get("model_args") or {}),
         )
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -28,6 +28,7 @@ from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.feed import loading
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
+from wds_convnext.training.pretrained import with_pretrained
 from wds_convnext.training.run import Run, open_run
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.runs import RUNS
@@ -54,6 +55,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
     config.require_shards()
     world, device = join_world(config.device)
     try:
+        config = with_pretrained(config)
         machine = Machine.of(world, device, amp=config.amp, compile=config.compile)
         with claim(config, world, warn=warn) as rundir:
             return _train(config, machine, rundir)

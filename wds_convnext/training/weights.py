@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,34 +25,82 @@ _TORCHVISION_CONVNEXT = {
 }
 
 
-def read_weights(
-    path: str, model: nn.Module
-) -> tuple[dict[str, torch.Tensor], tuple[str, ...] | None]:
-    """The tensors of a state dict's file, under the model's names where these can be made out.
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file, under a model's names where these can be made out."""
 
-    And the class names that they were trained for, where the file is a checkpoint of ours.
+    tensors: dict[str, torch.Tensor]
+    class_names: tuple[str, ...] | None = None  # that they were trained for, if the file says so
+    in_order: bool = False  # whether names were others, and tensors are matched by their order
+
+
+def read_weights(path: str, model: nn.Module, *, option: str = "--init-from") -> Weights:
+    """The tensors of a state dict's file.
 
     Known are files of ours, of timm's train.py, of the repositories that timm's models come from,
-    and of torchvision where it has timm's names, or for ConvNeXt.
+    and of torchvision where it has timm's names, or for ConvNeXt. Others fit by the order of their
+    tensors, if all shapes are the model's.
 
+    Args:
+        option: that named the file, for messages.
     Raises:
         CheckpointError: if it cannot be read, or is not a dict.
     """
-    content = _read(path)
+    content = read_file(path, option=option)
     facts = content.get("facts")
     names = facts.get("class_names") if isinstance(facts, dict) else None
     class_names = tuple(names) if isinstance(names, list) else None
     weights = _tensors(content)
-    own = model.state_dict().keys()
-    if weights.keys() <= own:
-        return weights, class_names
-    known = [_from_torchvision(weights), _by_timms_filter(weights, model)]
-    return max([weights, *known], key=lambda named: len(named.keys() & own)), class_names
+    own = model.state_dict()
+
+    def num_fitting(named: dict[str, torch.Tensor]) -> int:
+        return sum(k in own and v.shape == own[k].shape for k, v in named.items())
+
+    heads = set(head_keys(model))
+    if all(k in own and (k in heads or v.shape == own[k].shape) for k, v in weights.items()):
+        return Weights(weights, class_names)
+    known = [weights, _from_torchvision(weights), _by_timms_filter(weights, model)]
+    best = max(known, key=num_fitting)
+    if weights and not best.keys() & own.keys() and (renamed := _by_order(weights, own, heads)):
+        return Weights(renamed, class_names, in_order=True)
+    return Weights(best, class_names)
 
 
-def _read(path: str) -> dict:
+def head_keys(model: nn.Module) -> list[str]:
+    """The names of the tensors of a timm model's classifier, or of both of a distilled one."""
+    classifier = getattr(model, "get_classifier", None)
+    found = classifier() if classifier else ()
+    heads = found if isinstance(found, tuple) else (found,)
+    prefixes = tuple(name + "." for name, module in model.named_modules() if module in heads)
+    return [key for key in model.state_dict() if key.startswith(prefixes)]
+
+
+def _by_order(
+    weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor], heads: set[str]
+) -> dict[str, torch.Tensor]:
+    """The tensors under the model's names, if they stand in its order; else nothing.
+
+    Every tensor must have the shape and the last part of the name of its counterpart (`weight`,
+    `running_mean`), but for the size of the classifier.
+    """
+    if len(weights) != len(own):
+        return {}
+    for (name, tensor), (own_name, own_tensor) in zip(weights.items(), own.items()):
+        if name.rpartition(".")[2] != own_name.rpartition(".")[2]:
+            return {}
+        if tensor.shape != own_tensor.shape and own_name not in heads:
+            return {}
+    return dict(zip(own, weights.values()))
+
+
+def read_file(path: str, *, option: str = "--init-from") -> dict:
+    """What a file of weights holds; read as data, whatever it is.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is not a dict.
+    """
     if not os.path.isfile(path):
-        raise CheckpointError(f"--init-from {path}: no such file. Give a timm state dict.")
+        raise CheckpointError(f"{option} {path}: no such file. Give a timm state dict.")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # a dependency of timm
@@ -62,13 +111,11 @@ def _read(path: str) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle make the unpickler raise anything
         raise CheckpointError(
-            f"--init-from {path}: not a readable state dict ({_reason(path, error)}). "
+            f"{option} {path}: not a readable state dict ({_reason(path, error)}). "
             "Give a timm state dict."
         ) from None
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"--init-from {path}: holds a {type(content).__name__}, no state dict."
-        )
+        raise CheckpointError(f"{option} {path}: holds a {type(content).__name__}, no state dict.")
     return content
 
 
@@ -86,7 +133,7 @@ def _reason(path: str, error: Exception) -> str:
 
 def _tensors(content: dict) -> dict[str, torch.Tensor]:
     # Averages come last: ours hold parameters only, so they lie over the model they belong to.
-    names = ("model_state_dict", "state_dict", "model", "state_dict_ema", "ema")
+    names = ("model_state_dict", "state_dict", "model", "state_dict_ema", "model_ema", "ema")
     wrapped = [content[name] for name in names if isinstance(content.get(name), dict)]
     weights: dict[str, object] = {}
     for state in wrapped or [content]:
