@@ -162,7 +162,9 @@ def torture(
 def main(parquet: str, kills: int, longest: float, seed: int, ranks: tuple[int, ...]) -> None:
     """Torture a run on the shards of a small PARQUET folder."""
     rng = random.Random(seed)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup runs would be right to ignore it
+    # Started with nohup, or in the background of a script, runs would be right to ignore these.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         convert(parquet, out=scratch / "data", jobs=1, quiet=True)
