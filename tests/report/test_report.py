@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import wds_convnext as wc
 from wds_convnext.config import EvalConfig
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.report import page
 from wds_convnext.report.figures import matrix, render
 from wds_convnext.report.kept import Predictions
@@ -281,3 +281,18 @@ def test_a_damaged_file_of_predictions_is_made_again(run, spec, tmp_path):
     assert again.results == expected.results
     (copy / "metrics.jsonl").write_text('{"step": 1}\n[1]\nnone')
     assert wc.write_report(str(copy), **CPU).results == expected.results
+
+
+def test_outputs_that_are_no_numbers_are_one_line(run, spec, tmp_path):
+    """Nothing is kept of them; predict says the same."""
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    checkpoint = load_checkpoint(copy / "best.pt")
+    weights = {k: v.clone() * float("nan") for k, v in checkpoint["ema"].items()}
+    save_checkpoint(copy / "best.pt", {**checkpoint, "ema": weights, "state_dict_ema": None})
+
+    with pytest.raises(CheckpointError, match="not finite"):
+        wc.write_report(str(copy), **CPU)
+    with pytest.raises(CheckpointError, match="not finite"):
+        wc.predict(str(copy), [spec], **CPU)
+
+    assert not list(copy.rglob("*.parquet"))

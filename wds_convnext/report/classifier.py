@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from wds_convnext.conversion.sources.images import read_image
-from wds_convnext.errors import DataError, UsageError
+from wds_convnext.errors import CheckpointError, DataError, UsageError
 from wds_convnext.report.listing import ImageList, ImageReader
 from wds_convnext.stream.stream import BadSample, Batch
 from wds_convnext.training.augment import Normalizer
@@ -75,9 +75,19 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, S, S) -> float32 (B, num_classes), on the device, in its precision."""
+        """uint8 (B, 3, S, S) -> float32 (B, num_classes), on the device, in its precision.
+
+        Raises:
+            CheckpointError: if one of them is NaN or infinite.
+        """
         with self.machine.autocast():
-            return self._model(self._normalizer(images.to(self.machine.device))).float()
+            logits = self._model(self._normalizer(images.to(self.machine.device))).float()
+        if not logits.isfinite().all():
+            raise CheckpointError(
+                f"{self.stored.path}: its outputs are not finite in precision {self.machine.amp}. "
+                "Take an earlier checkpoint, or, if it was trained in another precision, --amp off."
+            )
+        return logits
 
     def predict(
         self,

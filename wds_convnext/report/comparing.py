@@ -85,10 +85,9 @@ def _changed(wrong: Evaluated, right: Evaluated, name: str, files: dict[str, byt
     captions = [(picture.label, f"{picture.guess} {picture.note}") for picture in pictures]
     title = "Label, below it the other model's prediction and confidence"
     files[f"{name}.png"] = wrong.pictures.sheet(shown, title, captions)
-    words = (
-        f"{len(numbers):,} samples; of {len(shown):,}: label, below it what the other model says "
-        "and how sure it is."
-    )
+    words = f"{len(numbers):,} samples"
+    words += f", the other model's surest {len(shown)}" if len(shown) < len(numbers) else ""
+    words += ". Under each its label, and what the other model says and how sure it is."
     return page.paragraph(words) + page.pictures(pictures, is_small=wrong.is_small)
 
 

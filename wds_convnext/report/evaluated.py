@@ -65,7 +65,7 @@ def facts_table(all_found: Sequence[Evaluated]) -> str:
         columns.append(
             {
                 "model": stored.name,
-                "numbers": f"{numbers:,}",
+                "parameters and buffers": f"{numbers:,}",
                 "weights": "moving average" if stored.weights == "ema" else "as trained",
                 "file": stored.path,
                 "digest of weights and pixels": stored.digest(),

@@ -172,9 +172,10 @@ def matrix(counts: np.ndarray, names: Sequence[str]) -> "Figure":
     figure, axes = _figure((side, side))
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     axes.imshow(_colored(shares), interpolation="none")
-    _set_names(axes.xaxis, labels, size=font)
+    # Held at their end, so that in the SVG, too, a browser's wider font grows away from the cells.
+    upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+    _set_names(axes.xaxis, labels, size=font, **upright)
     _set_names(axes.yaxis, labels, size=font)
-    axes.tick_params(axis="x", rotation=90)
     axes.tick_params(length=0)
     if size <= _MAX_CELLS:
         for row, column in zip(*counts.nonzero()):
@@ -191,7 +192,7 @@ def _grouped(counts: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list
     starts = [group * len(counts) // num_groups for group in range(num_groups)]
     ends = [*starts[1:], len(counts)]
     grouped = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1)
-    labels = [f"{names[a][:10]} – {names[b - 1][:10]} ({b - a})" for a, b in zip(starts, ends)]
+    labels = [f"{names[a][:10]} - {names[b - 1][:10]} ({b - a})" for a, b in zip(starts, ends)]
     return grouped, labels
 
 
@@ -206,12 +207,12 @@ def _colored(shares: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def _set_names(axis: "Axis", names: Sequence[str], *, size: float) -> None:
+def _set_names(axis: "Axis", names: Sequence[str], *, size: float, **kwargs: Any) -> None:
     """Name the ticks 0, 1, …: no formulas, in fonts that have the letters, nothing too long."""
     # Cut before they are set: an axis writes its labels into the texts again when it is drawn.
     cut = [n if len(n) <= _MAX_LETTERS else n[: _MAX_LETTERS - 1] + "…" for n in names]
     chosen = [_lettering().choose(name) for name in cut]
-    axis.set_ticks(range(len(names)), [drawn for drawn, _ in chosen], fontsize=size)
+    axis.set_ticks(range(len(names)), [drawn for drawn, _ in chosen], fontsize=size, **kwargs)
     for text, (_, font) in zip(axis.get_ticklabels(), chosen):
         text.set_parse_math(False)
         if isinstance(font.path, str):

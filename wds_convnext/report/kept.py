@@ -24,6 +24,7 @@ from wds_convnext.training.feed import loading
 from wds_convnext.training.scores import EvalResult
 
 _FORMAT = 1
+_LEAST = float(np.finfo(np.float16).min)  # less would be infinite
 FOLDER = "report"  # in the folder of a run
 
 
@@ -130,7 +131,7 @@ def _compute(
                 own = -rows.gather(1, labels[start:stop, None])[:, 0]
                 guesses[start:stop] = np.where(read, rows.argmax(dim=1).numpy(), -1)
                 losses[start:stop] = np.where(read, own.numpy(), np.nan)
-                log_probabilities[start:stop] = rows.numpy()
+                log_probabilities[start:stop] = rows.clamp(min=_LEAST).numpy()
                 start = stop
                 shown.add(num)
     return Predictions(dataset.labels, guesses, losses, log_probabilities, about)

@@ -31,13 +31,13 @@ nav a { color: var(--accent); margin-right: .9rem; text-decoration: none; white-
   gap: .75rem; align-items: start; }
 .chart svg { display: block; width: 100%; height: auto; } .chart { min-width: 0; }
 .wide { overflow-x: auto; } .wide svg { display: block; height: auto; margin: 0; }
-svg text { font-family: system-ui, sans-serif !important; }
+svg text { font-family: system-ui, sans-serif !important; text-rendering: geometricPrecision; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 td { overflow-wrap: normal; min-width: 3rem; }
 th, td { text-align: left; padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; } th { color: var(--soft); font-weight: 500; }
 td.n, th.n { text-align: right; white-space: nowrap; }
-.scroll { overflow: auto; max-height: 27rem; } .scroll th { position: sticky; top: 0;
+.scroll { overflow: auto; } .long { max-height: 27rem; } .scroll th { position: sticky; top: 0;
   background: var(--paper); }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .7rem; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: .78rem; line-height: 1.3; }
@@ -47,10 +47,11 @@ img.small { image-rendering: pixelated; }
   gap: 0 2rem; }
 .pair { display: grid; grid-template-columns: 9.5rem 1fr; gap: .2rem .9rem; padding: .55rem 0;
   border-bottom: 1px solid var(--line); }
-.pair .grid { grid-template-columns: repeat(auto-fill, 3.9rem); gap: .35rem; }
+.pair .grid { grid-template-columns: repeat(6, minmax(0, 3.9rem)); gap: .35rem; }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } body { padding-inline: .9rem; } }
 .right { color: var(--accent); } .wrong { color: var(--second); }
 """
+_MAX_ROWS = 40  # of a table that stands in the page at its full height
 
 
 class Picture(NamedTuple):
@@ -118,14 +119,15 @@ def wide(svg: str, *, width: int) -> str:
 def table(
     headings: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()
 ) -> str:
-    """A table that scrolls; `numbers` are the columns to be aligned at the right."""
+    """A table that scrolls where it is wide or long; `numbers` are columns aligned at the right."""
     kinds = [' class="n"' if i in numbers else "" for i in range(len(headings))]
     head = "".join(f"<th{kind}>{text(name)}</th>" for kind, name in zip(kinds, headings))
-    body = "".join(
+    body = [
         f"<tr>{''.join(f'<td{kind}>{text(cell)}</td>' for kind, cell in zip(kinds, row))}</tr>\n"
         for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
+    ]
+    long = " long" if len(body) > _MAX_ROWS else ""
+    return f'<div class="scroll{long}"><table><tr>{head}</tr>\n{"".join(body)}</table></div>'
 
 
 def paragraph(words: str) -> str:

@@ -167,9 +167,10 @@ def _mistakes(found: Evaluated, files: dict[str, bytes]) -> str:
     captions = [(picture.label, f"{picture.guess} {picture.note}") for picture in shown]
     title = "Most confident mistakes: label, below it prediction and confidence"
     files["mistakes.png"] = found.pictures.sheet(numbers, title, captions)
-    words = (
-        f"{len(wrong):,} samples are wrong; the surest {len(numbers):,}: label, below it "
-        "prediction and confidence. Look for wrong labels."
+    words = f"{len(wrong):,} samples are wrong"
+    words += f", these {len(numbers)} with the most confidence" if len(numbers) < len(wrong) else ""
+    words += (
+        ". Under each its label, and the prediction with its confidence. Look for wrong labels."
     )
     return page.paragraph(words) + page.pictures(shown, is_small=found.is_small)
 
