@@ -42,7 +42,8 @@ def reseal(manifest_path: Path) -> None:
     shards = []
     for shard in manifest.shards:
         Path(sidecar_path(shard.path)).unlink(missing_ok=True)
-        shards.append(index_shard((shard.path, "label"), lambda images, num_bytes: None).shard)
+        task = (shard.path, "label", False)
+        shards.append(index_shard(task, lambda images, num_bytes: None).shard)
     replace(manifest, shards=tuple(shards)).write_manifest(manifest_path)
 
 
