@@ -17,6 +17,7 @@ from wds_convnext.cli import commands
 from wds_convnext.config import ExplainConfig
 from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.training import loop
+from wds_convnext.training.augment import build_transform
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.recorded import open_recorded_run
 from wds_convnext.training.step import augment_on_device
@@ -135,6 +136,26 @@ def test_a_layout_divides_the_step_as_ranks_do(trained, ranks, accumulate):
             start=4 * accumulate + batch.micro_batch,
         )
         assert torch.equal(images, next(iter(wc.make_loader(stream, workers=0))).images)
+
+
+def test_a_padded_crop_is_explained_where_it_is_cut_out(trained):
+    """Of images of 24x20, whose short side is resized to 32: pixels of the stream, place, size."""
+    run = recorded(trained[0])
+    run = replace(run, config=replace(run.config, crop_padding=4, padding_mode="reflect"))
+    stream = wc.ShardStream(
+        run.dataset,
+        run.order,
+        batch_size=BATCH,
+        transform=build_transform(run.config, run.facts.preprocessing),
+        start=4,
+    )
+
+    (batch, images), *_ = load_step(run, 2)
+
+    assert torch.equal(images, next(iter(wc.make_loader(stream, workers=0))).images)
+    assert {sample.image_size for sample in batch.samples} == {(32, 38)}
+    places = {(sample.crop.top, sample.crop.left) for sample in batch.samples}
+    assert len(places) > 1 and all(-4 <= x <= 4 + 6 for place in places for x in place)
 
 
 def test_a_samples_steps_are_those_whose_batches_have_it(trained):

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import _geometry
 
 from wds_convnext.errors import DataError
 from wds_convnext.shards.decode import decode_rgb
+from wds_convnext.stream.geometry import PADDING_MODES
 from wds_convnext.stream.transforms import (
     EvalTransform,
     ImageError,
@@ -153,6 +154,37 @@ def test_training_images_are_torchvisions_of_the_same_box(height, width, draws, 
         reference, pillow = map(functional.horizontal_flip, (reference, pillow))
     assert torch.equal(image, reference)
     assert max_difference(image, pillow) <= RESIZE_TOLERANCE
+
+
+@pytest.mark.bits
+@settings(max_examples=60)
+@given(
+    height=st.integers(8, 60),
+    width=st.integers(8, 60),
+    draws=all_draws,
+    image_size=st.sampled_from([12, 24, 32]),
+    padding=st.integers(0, 11),
+    padding_mode=st.sampled_from(PADDING_MODES),
+)
+@example(32, 32, np.zeros(TrainTransform.NUM_DRAWS), 32, 4, "constant")
+@example(32, 32, np.full(TrainTransform.NUM_DRAWS, 0.999), 32, 4, "reflect")
+def test_a_padded_crop_is_torchvisions(height, width, draws, image_size, padding, padding_mode):
+    """Resize, RandomCrop with padding and flip give the same bytes for the same draws."""
+    data = encode(height, width)
+    crop = v2.RandomCrop(image_size, padding=padding, padding_mode=padding_mode)
+    resized = v2.Resize(image_size)(decode_CHW(data))
+    sides = zip(resized.shape[1:], draws[[NUM_CROP_DRAWS - 2, NUM_CROP_DRAWS - 1]])
+    # torchvision draws nothing where there is one place only.
+    places = iter([draw for side, draw in sides if side + 2 * padding > image_size])
+
+    image = TrainTransform(image_size, crop_padding=padding, padding_mode=padding_mode)(data, draws)
+
+    with mock.patch("torch.randint", lambda low, high, size: int(next(places) * high)):
+        reference = crop(resized)
+    if draws[FLIP] < 0.5:
+        reference = functional.horizontal_flip(reference)
+    assert torch.equal(image, reference)
+    assert image.stride(0) == 1 and image.stride(1) == 3 * image_size
 
 
 @pytest.mark.bits

@@ -47,8 +47,9 @@ from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.model import compile_model, create_model
 from wds_convnext.training.monitor import DeviceTimer, Gauges, peak_flops, training_flops
+from wds_convnext.training.optimizer import keep_lr_on_device
 from wds_convnext.training.schedule import lr_at, lr_schedule
-from wds_convnext.training.state import build_state, keep_lr_on_device
+from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, eager_loss, train_step
 from wds_convnext.training.train import train
 

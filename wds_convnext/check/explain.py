@@ -154,9 +154,9 @@ def _draw_one(
     found: dict[str, Any] = {}
 
     def choose_box(height: int, width: int) -> Box:
-        box = transform.crop_box(draws, height, width)
-        found.update(image_size=(height, width), crop=box)
-        return box
+        size, crop = transform.crop_place(draws, height, width)
+        found.update(image_size=size, crop=crop)
+        return transform.crop_box(draws, height, width)
 
     data, label = reader.read(number)
     image = transform.resize(decode_rgb(data, choose_box), draws)

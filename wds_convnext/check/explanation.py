@@ -20,7 +20,7 @@ class DrawnSample:
     class_name: str
     epoch: int
     copy: int  # which of its copies in the epoch, from 0
-    image_size: tuple[int, int]  # height, width; of the whole image
+    image_size: tuple[int, int]  # height, width; of the image when it is cropped
     crop: Box
     is_flipped: bool
     color_factors: dict[str, float]  # in the order they are applied in

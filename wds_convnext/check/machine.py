@@ -20,6 +20,7 @@ from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.augment import build_transform, pixels_of
 from wds_convnext.training.distributed import Machine, join_world
 from wds_convnext.training.model import check_image_size, model_for
+from wds_convnext.training.optimizer import NUM_MOMENTS
 from wds_convnext.training.runs import RUNS
 from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, train_step
@@ -94,7 +95,7 @@ def disk_space(case: Case) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: DoctorConfig, *, num_classes: int) -> int:
-    """The size of a checkpoint's tensors: weights, AdamP's two moments, the average if any.
+    """The size of a checkpoint's tensors: weights, moments, the average if any.
 
     Raises:
         UsageError: if there is no such model, or it does not take the image size.
@@ -102,7 +103,7 @@ def checkpoint_bytes(config: DoctorConfig, *, num_classes: int) -> int:
     with torch.device("meta"):  # shapes without memory
         model = model_for(config, num_classes=num_classes)
         check_image_size(model, pixels_of(config).image_size)
-    copies = 4 if config.ema_decay else 3
+    copies = 1 + NUM_MOMENTS[config.optimizer] + (config.ema_decay > 0)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return copies * parameters + sum(b.numel() * b.element_size() for b in model.buffers())
 

@@ -27,6 +27,7 @@ from wds_convnext.errors import UsageError
 REFERENCE_LR, REFERENCE_BATCH_SIZE = 4e-3, 4096
 WARMUP_EPOCHS = 5.0  # the article's; of a run that is short, a tenth of it
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+_MIN_CROP = 0.08  # torchvision's
 _MODEL, _IMAGE_SIZE = "convnext_base", 224  # the article's
 
 
@@ -155,10 +156,23 @@ class TrainConfig(Config):
     )
 
     min_crop: float = option(
-        0.08,
+        _MIN_CROP,
         "Smallest share of an image's area that a random crop takes.",
         group="Augmentation",
         type=FiniteRange(0, 1, min_open=True),
+    )
+    crop_padding: int | None = option(
+        None,
+        "Instead, crop a square of --image-size from the image resized to it (its short side) with "
+        "so many pixels around: 4 is usual for images of 32.",
+        group="Augmentation",
+        type=click.IntRange(min=0),
+    )
+    padding_mode: str = option(
+        "constant",
+        "What these pixels are: black, or the image mirrored.",
+        group="Augmentation",
+        type=click.Choice(["constant", "reflect"]),
     )
     hflip: float = option(
         0.5, "Probability of a horizontal flip.", group="Augmentation", type=FRACTION
@@ -245,6 +259,19 @@ class TrainConfig(Config):
         160, "Samples per batch and process.", group="Optimization", type=COUNT
     )
     accumulate: int = option(1, "Batches per optimizer step.", group="Optimization", type=COUNT)
+    optimizer: str = option(
+        "adamp",
+        "adamp, or timm's adamw, sgd (Nesterov's), lion or muon. --lr is meant for adamp and "
+        "adamw; sgd adds weight decay to the gradient.",
+        group="Optimization",
+        type=click.Choice(["adamp", "adamw", "sgd", "lion", "muon"]),
+    )
+    momentum: float | None = option(
+        None,
+        "Momentum of sgd and muon. Default: 0.9.",
+        group="Optimization",
+        type=FiniteRange(0, 1, max_open=True),
+    )
     lr: float = option(REFERENCE_LR, "Peak learning rate.", group="Optimization", type=POSITIVE)
     scale_lr: str = option(
         "none",
@@ -375,10 +402,34 @@ class TrainConfig(Config):
             is_short = self.epochs <= 3 * WARMUP_EPOCHS
             warmup_epochs = self.epochs / 10 if is_short else WARMUP_EPOCHS
             object.__setattr__(self, "warmup_epochs", warmup_epochs)
+        self._check_optimizer_and_crop()
         if self.batch_size % 2 and (self.mixup or self.cutmix) and self.mix_prob:
             raise UsageError(
                 f"--batch-size {self.batch_size}: mixing blends pairs, so it must be even. "
                 f"Use {self.batch_size + 1}, or --mixup 0 --cutmix 0."
+            )
+
+    def _check_optimizer_and_crop(self) -> None:
+        if self.momentum is not None and self.optimizer not in ("sgd", "muon"):
+            raise UsageError(
+                f"--momentum {self.momentum:g}: --optimizer {self.optimizer} has none of that "
+                "name. Leave it out, or use sgd or muon."
+            )
+        if self.crop_padding is None and self.padding_mode != "constant":
+            raise UsageError(
+                f"--padding-mode {self.padding_mode}: nothing is padded. Add --crop-padding 4, or "
+                "leave it out."
+            )
+        if self.crop_padding is not None and self.min_crop != _MIN_CROP:
+            raise UsageError(
+                f"--min-crop {self.min_crop:g} and --crop-padding {self.crop_padding} exclude each "
+                "other: a crop has a random size, or that of --image-size. Leave one out; a "
+                f"recipe's is undone by --min-crop {_MIN_CROP}."
+            )
+        if self.image_size and (self.crop_padding or 0) >= self.image_size:
+            raise UsageError(
+                f"--crop-padding {self.crop_padding}: expected less than --image-size "
+                f"{self.image_size}. An eighth of it is usual."
             )
 
     def _take_shards_of_mixture(self) -> None:

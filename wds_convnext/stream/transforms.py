@@ -15,9 +15,8 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
   tables: slower.
 """
 
-import math
 import multiprocessing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import permutations
@@ -27,8 +26,15 @@ import numpy as np
 import torch
 
 from wds_convnext.shards.boxdecoder import box_decoder
-from wds_convnext.shards.decode import Box, check_decoder, decode_rgb
+from wds_convnext.shards.decode import Box, check_decoder, decode_rgb, whole_image
 from wds_convnext.shards.limits import ImageError, check_num_pixels
+from wds_convnext.stream.geometry import (
+    PADDING_MODES,
+    cut_out,
+    random_crop_box,
+    resize,
+    resized_size,
+)
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -122,6 +128,9 @@ class Preprocessing:
 class TrainTransform:
     """Encoded bytes -> uint8 (3, image_size, image_size): random crop, flip, color jitter.
 
+    The crop is torchvision's RandomResizedCrop, or with `crop_padding` its RandomCrop of an image
+    whose short side has been resized to image_size, as is usual for small images.
+
     Layout of the draws: (area, ratio) for each of the ten attempts at a crop, then top, left,
     flip, brightness, contrast, saturation, and the order of these three.
     """
@@ -133,10 +142,19 @@ class TrainTransform:
     hflip: float = 0.5  # probability
     interpolation: str = "bilinear"
     decoder: str = "auto"  # see `decode_rgb`
+    crop_padding: int | None = None  # pixels around the resized image; None: no RandomCrop
+    padding_mode: str = "constant"  # black, or reflect
     NUM_DRAWS: ClassVar[int] = _NUM_CROP_DRAWS + 5
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(f"padding_mode {self.padding_mode!r}: expected {PADDING_MODES}")
+        if not 0 <= (self.crop_padding or 0) < self.image_size:
+            raise ValueError(
+                f"crop_padding {self.crop_padding}: expected 0 to {self.image_size - 1}, less than "
+                "image_size"
+            )
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
         return self.jitter(self.resize(self.crop(data, draws), draws), draws)
@@ -152,18 +170,44 @@ class TrainTransform:
         return self
 
     def crop(self, data: bytes, draws: np.ndarray) -> np.ndarray:
-        """The pixels of the random crop, uint8 (H, W, 3)."""
+        """The pixels of the random crop, uint8 (H, W, 3); all, if it follows the resize."""
         return decode_rgb(data, partial(self.crop_box, draws), decoder=self.decoder)
 
     def crop_box(self, draws: np.ndarray, height: int, width: int) -> Box:
-        """The random crop of an image of that size."""
+        """The random crop of an image of that size; all of it, if the crop follows the resize."""
+        if self.crop_padding is not None:
+            return whole_image(height, width)
         crop_draws = draws[:_NUM_CROP_DRAWS].tolist()
         return random_crop_box(crop_draws, height, width, scale=self.scale, ratio=self.ratio)
 
     def resize(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
         """The crop in its final size, flipped or not."""
-        image = _resize(pixels_HWC, self.image_size, self.image_size, self.interpolation)
+        if self.crop_padding is None:
+            image = resize(pixels_HWC, self.image_size, self.image_size, self.interpolation)
+        else:
+            size, box = self.crop_place(draws, *pixels_HWC.shape[:2])
+            check_num_pixels(*size)  # as in `EvalTransform`
+            image = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+            if size != pixels_HWC.shape[:2]:
+                image = resize(pixels_HWC, *size, self.interpolation)
+            image = cut_out(image, box, padding_mode=self.padding_mode)
         return image.flip(-1) if self.flips(draws) else image
+
+    def crop_place(self, draws: np.ndarray, height: int, width: int) -> tuple[tuple[int, int], Box]:
+        """The size (height, width) in which an image of that size is cropped, and the crop there.
+
+        With `crop_padding` that is the size after the resize, and the box may be outside by so
+        many pixels.
+        """
+        if self.crop_padding is None:
+            return (height, width), self.crop_box(draws, height, width)
+        padding = self.crop_padding
+        size = resized_size(height, width, self.image_size)
+        top, left = (
+            int(draw * (side + 2 * padding - self.image_size + 1)) - padding
+            for draw, side in zip(draws[_NUM_CROP_DRAWS - 2 : _NUM_CROP_DRAWS].tolist(), size)
+        )
+        return size, Box(top, left, self.image_size, self.image_size)
 
     def flips(self, draws: np.ndarray) -> bool:
         return bool(draws[_NUM_CROP_DRAWS] < self.hflip)
@@ -208,7 +252,7 @@ class EvalTransform:
         pixels = decode_rgb(data, decoder=self.decoder)
         height, width = self.resized_size(*pixels.shape[:2])
         check_num_pixels(height, width)  # a strip of 1x60,000 would become 256x15,360,000
-        image = _resize(pixels, height, width, self.interpolation)
+        image = resize(pixels, height, width, self.interpolation)
         if self.crop_mode == "border":
             image = self._with_border(image)
         height, width = image.shape[1:]
@@ -224,7 +268,7 @@ class EvalTransform:
         if self.crop_mode == "border":
             ratio = max(height, width) / side
             return max(1, round(height / ratio)), max(1, round(width / ratio))
-        return _resized_size(height, width, side)
+        return resized_size(height, width, side)
 
     def _with_border(self, image: torch.Tensor) -> torch.Tensor:
         """The image in the middle of a square of the fill color, where it is smaller."""
@@ -237,64 +281,6 @@ class EvalTransform:
         top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
         square[top : top + height, left : left + width] = image.permute(1, 2, 0)
         return square.permute(2, 0, 1)
-
-
-def random_crop_box(
-    draws: Sequence[float],
-    height: int,
-    width: int,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> Box:
-    """The box that torchvision's RandomResizedCrop.get_params makes from the same numbers.
-
-    Args:
-        draws: (area, ratio) for each attempt, then top, left; uniform in [0, 1).
-        scale: range of the box's share of the image's area.
-        ratio: range of width / height; drawn log-uniformly.
-    """
-    *attempts, top, left = draws
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for area_draw, ratio_draw in zip(attempts[::2], attempts[1::2], strict=True):
-        area = height * width * (scale[0] + area_draw * (scale[1] - scale[0]))
-        aspect = math.exp(log_low + ratio_draw * (log_high - log_low))
-        box_width = round(math.sqrt(area * aspect))
-        box_height = round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            return Box(
-                top=int(top * (height - box_height + 1)),
-                left=int(left * (width - box_width + 1)),
-                height=box_height,
-                width=box_width,
-            )
-    box_height, box_width = height, width
-    if width / height < min(ratio):
-        box_height = round(width / min(ratio))
-    elif width / height > max(ratio):
-        box_width = round(height * max(ratio))
-    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
-
-
-def _resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) of torchvision's Resize(short_side)."""
-    if width <= height:
-        return int(short_side * height / width), short_side
-    return short_side, int(short_side * width / height)
-
-
-def _resize(pixels_HWC: np.ndarray, height: int, width: int, mode: str) -> torch.Tensor:
-    """Antialiased; uint8 (3, height, width), a pixel's three bytes side by side."""
-    pixels_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
-    interpolate = partial(torch.nn.functional.interpolate, mode=mode, antialias=True)
-    if mode == "bicubic":
-        # It overshoots, and is clipped between its passes over columns and rows, so their order
-        # shows (by 14 of 255 on photographs). torch resizes the width first; Pillow 13 the height
-        # where this holds, as 2,954 of 2,954 random shapes showed.
-        old_height, old_width = pixels_HWC.shape[:2]
-        if height < old_height and 2 * (old_width - width) < old_height - height:
-            pixels_1CHW = interpolate(pixels_1CHW, size=(height, old_width))
-    return interpolate(pixels_1CHW, size=(height, width))[0]
 
 
 def _adjust_color(image: torch.Tensor, factors: Mapping[str, float]) -> torch.Tensor:

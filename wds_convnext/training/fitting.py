@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.config.fields import flag_of
@@ -69,6 +69,9 @@ def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
     Raises:
         CheckpointError: if the stream of samples or the model would be another.
     """
+    # An older version did without an option what the option's default does.
+    defaults = {spec.name: spec.default for spec in fields(TrainConfig)}
+    then = replace(then, config=defaults | {**then.config})
     differences = list(then.differences(now))
     for part, name, old, new in differences:
         if part == "class_names":
@@ -90,6 +93,12 @@ def check_resumable(then: Facts, now: Facts, *, warn: Callable) -> None:
                 f"{flag} {new}: a run that is resumed goes on with its own weights (it "
                 f"started from {old or 'fresh ones'}). Leave {flag} out, or start from "
                 "scratch without --resume, in another --out."
+            )
+        if name == "optimizer":
+            raise CheckpointError(
+                f"--resume: the checkpoint has --optimizer {old}, this run {new}, which cannot go "
+                "on with its moments. Resume with the same, or start from scratch without "
+                "--resume, in another --out, with --init-from."
             )
         if name in ("freeze", "layer_decay", "head_lr") and old != new:
             raise CheckpointError(

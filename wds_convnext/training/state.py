@@ -11,16 +11,16 @@ from torch import nn
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError
 from wds_convnext.stream.stream import Batch
-from wds_convnext.training.adamp import AdamP, parameter_groups
 from wds_convnext.training.distributed import Machine, World, gather_lists
 from wds_convnext.training.ema import WeightAverage
-from wds_convnext.training.finetune import freeze, lr_scales
+from wds_convnext.training.finetune import freeze
 from wds_convnext.training.model import (
     check_batch_of_one,
     check_image_size,
     init_from,
     model_for,
 )
+from wds_convnext.training.optimizer import build_optimizer, keep_lr_on_device
 from wds_convnext.training.pretrained import load_pretrained
 
 
@@ -120,7 +120,7 @@ class TrainState:
     """Everything a run changes, and so everything a checkpoint has to hold."""
 
     model: nn.Module  # as timm made it: neither compiled nor wrapped
-    optimizer: AdamP
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
     sums: StepSums
@@ -190,9 +190,11 @@ class TrainState:
             own | {"params": stored["params"], "lr": stored["lr"]}
             for own, stored in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"])
         ]
+        has_lr_on_device = isinstance(self.optimizer.param_groups[0]["lr"], torch.Tensor)
         self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         _own_tensors(self.optimizer)
-        keep_lr_on_device(self.optimizer, self.sums.epoch.device)
+        if has_lr_on_device:
+            keep_lr_on_device(self.optimizer, self.sums.epoch.device)
         if state.get("scaler"):  # empty where the checkpoint was not trained in fp16
             self.scaler.load_state_dict(state["scaler"])
         self.sums.load_state_dict(state.get("sums", {}))
@@ -213,13 +215,6 @@ def _own_tensors(optimizer: torch.optim.Optimizer) -> None:
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.device.type == "cpu":
                 values[name] = value.clone()
-
-
-def keep_lr_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Make each group's learning rate a 0-d tensor, so that changing it recompiles nothing."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
 
 
 def build_state(
@@ -252,17 +247,12 @@ def build_state(
         frozen_norms, note = freeze(model, config.freeze)
         notes.append(note)
     model = model.to(machine.device).to(memory_format=torch.channels_last)
-    groups = parameter_groups(
-        model, weight_decay=config.weight_decay, lr_scales=lr_scales(model, config)
-    )
-    optimizer = AdamP(groups, lr=config.lr)
-    keep_lr_on_device(optimizer, machine.device)
     average = None
     if config.ema_decay:
         average = WeightAverage(model, decay=config.ema_decay, num_updates=0)
     state = TrainState(
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(model, config),
         scaler=torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16"),
         average=average,
         sums=StepSums(machine.device),

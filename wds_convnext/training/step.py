@@ -18,6 +18,7 @@ from wds_convnext.training.augment import Mixer, Normalizer, build_mixer
 from wds_convnext.training.distributed import Machine, World, sum_over_ranks
 from wds_convnext.training.model import compile_model
 from wds_convnext.training.monitor import DeviceTimer
+from wds_convnext.training.optimizer import set_lr, step_unless
 from wds_convnext.training.state import TrainState
 
 
@@ -82,9 +83,7 @@ def train_step(
         The mean loss over batches and ranks, 0-d, on the device.
     """
     state.enter_train_mode()
-    for group in state.optimizer.param_groups:
-        # In place: a new number would recompile a compiled optimizer.
-        group["lr"].fill_(lr * group.get("lr_scale", 1.0))
+    set_lr(state.optimizer, lr)
 
     # The forward pass updates buffers (BatchNorm's statistics; ConvNeXt has none), and whether
     # the step is skipped is known only after it: so they are cloned before.
@@ -112,11 +111,10 @@ def train_step(
     state.sums.note_failure(failed > 0, state.step, max_skips=recipe.max_skips)
     skip = overflow | (failed > 0) | state.sums.frozen
 
-    # Set before the step, which looks at it on the device: the host never reads `skip`. (What
-    # GradScaler.step would set knows neither the loss nor the other ranks nor a frozen run.)
-    state.optimizer.found_inf = skip.float()
+    # The optimizer looks at `skip` on the device: the host never reads it. (What GradScaler.step
+    # would set knows neither the loss nor the other ranks nor a frozen run.)
     with recipe.optimizer_timer.span():
-        state.optimizer.step()
+        step_unless(state.optimizer, skip)
     state.scaler.update()  # after `unscale_`, which noted for it whether gradients overflowed
     state.optimizer.zero_grad(set_to_none=True)
     for buffer, before in buffers:
