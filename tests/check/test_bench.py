@@ -175,7 +175,7 @@ def test_a_bad_option_is_refused(capsys, manifest):
 def test_what_is_timed_is_the_transform_itself(color_jitter):
     """The same image to the last bit, in its three parts."""
     transform = TrainTransform(32, color_jitter=color_jitter)
-    data, draws = encode_image(1), np.random.default_rng(0).random(TrainTransform.NUM_DRAWS)
+    data, draws = encode_image(1), np.random.default_rng(0).random(TrainTransform().NUM_DRAWS)
     spent = Counter()
 
     image = TimedTransform(transform, spent)(data, draws)

@@ -138,10 +138,10 @@ def test_a_layout_divides_the_step_as_ranks_do(trained, ranks, accumulate):
         assert torch.equal(images, next(iter(wc.make_loader(stream, workers=0))).images)
 
 
-def test_a_padded_crop_is_explained_where_it_is_cut_out(trained):
-    """Of images of 24x20, whose short side is resized to 32: pixels of the stream, place, size."""
-    run = recorded(trained[0])
-    run = replace(run, config=replace(run.config, crop_padding=4, padding_mode="reflect"))
+def explained_with(folder, **options):
+    """Step 2 of a run with other options: what is explained, and that it is the stream's pixels."""
+    run = recorded(folder)
+    run = replace(run, config=replace(run.config, **options))
     stream = wc.ShardStream(
         run.dataset,
         run.order,
@@ -153,9 +153,28 @@ def test_a_padded_crop_is_explained_where_it_is_cut_out(trained):
     (batch, images), *_ = load_step(run, 2)
 
     assert torch.equal(images, next(iter(wc.make_loader(stream, workers=0))).images)
+    return batch
+
+
+def test_a_padded_crop_is_explained_where_it_is_cut_out(trained):
+    """Of images of 24x20, whose short side is resized to 32: place and size of what is cut."""
+    batch = explained_with(trained[0], crop_padding=4, padding_mode="reflect")
+
     assert {sample.image_size for sample in batch.samples} == {(32, 38)}
     places = {(sample.crop.top, sample.crop.left) for sample in batch.samples}
     assert len(places) > 1 and all(-4 <= x <= 4 + 6 for place in places for x in place)
+
+
+@pytest.mark.parametrize(("policy", "number"), [("rand-m9-n2", 2), ("3a", 1), ("trivial", 1)])
+def test_a_policys_operations_are_named(trained, policy, number):
+    batch = explained_with(trained[0], auto_augment=policy)
+
+    for sample in batch.samples:
+        assert len(sample.operations) == number
+        assert all(
+            f"  {name} {magnitude:.3f}" in str(sample) for name, magnitude in sample.operations
+        )
+    assert len({str(sample.operations) for sample in batch.samples}) > 1
 
 
 def test_a_samples_steps_are_those_whose_batches_have_it(trained):

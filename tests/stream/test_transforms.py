@@ -30,8 +30,8 @@ from wds_convnext.stream.transforms import (
 # By how much torch's fixed-point antialiased resize may differ from Pillow's, of 255.
 RESIZE_TOLERANCE = 2
 
-NUM_CROP_DRAWS = TrainTransform.NUM_DRAWS - 5
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, ORDER = range(NUM_CROP_DRAWS, TrainTransform.NUM_DRAWS)
+NUM_CROP_DRAWS = TrainTransform().NUM_DRAWS - 5
+FLIP, BRIGHTNESS, CONTRAST, SATURATION, ORDER = range(NUM_CROP_DRAWS, TrainTransform().NUM_DRAWS)
 
 sides = st.integers(1, 150)
 
@@ -49,7 +49,7 @@ def torchs_resize():
 
 uniform = st.floats(0, 1, exclude_max=True)
 all_draws = st.lists(
-    uniform, min_size=TrainTransform.NUM_DRAWS, max_size=TrainTransform.NUM_DRAWS
+    uniform, min_size=TrainTransform().NUM_DRAWS, max_size=TrainTransform().NUM_DRAWS
 ).map(np.array)
 
 
@@ -166,8 +166,8 @@ def test_training_images_are_torchvisions_of_the_same_box(height, width, draws, 
     padding=st.integers(0, 11),
     padding_mode=st.sampled_from(PADDING_MODES),
 )
-@example(32, 32, np.zeros(TrainTransform.NUM_DRAWS), 32, 4, "constant")
-@example(32, 32, np.full(TrainTransform.NUM_DRAWS, 0.999), 32, 4, "reflect")
+@example(32, 32, np.zeros(TrainTransform().NUM_DRAWS), 32, 4, "constant")
+@example(32, 32, np.full(TrainTransform().NUM_DRAWS, 0.999), 32, 4, "reflect")
 def test_a_padded_crop_is_torchvisions(height, width, draws, image_size, padding, padding_mode):
     """Resize, RandomCrop with padding and flip give the same bytes for the same draws."""
     data = encode(height, width)
@@ -260,7 +260,7 @@ def test_color_jitter_is_torchvisions(draws, strength):
 )
 def test_every_draw_has_an_effect(draw):
     transform = TrainTransform(image_size=32, color_jitter=0.4)
-    data, draws = encode(60, 80), np.full(TrainTransform.NUM_DRAWS, 0.4)
+    data, draws = encode(60, 80), np.full(TrainTransform().NUM_DRAWS, 0.4)
     other_draws = draws.copy()
     other_draws[draw] = 0.8
 
@@ -273,7 +273,7 @@ def test_every_draw_has_an_effect(draw):
 def test_hflip_is_a_probability(hflip, flipped):
     data = encode(60, 80)
     for flip in (0.0, 0.5, np.nextafter(1, 0)):
-        draws = np.full(TrainTransform.NUM_DRAWS, 0.4)
+        draws = np.full(TrainTransform().NUM_DRAWS, 0.4)
         draws[FLIP] = flip
 
         image = TrainTransform(image_size=32, hflip=hflip)(data, draws)

@@ -100,7 +100,7 @@ def _transform_for_ever(images: list[bytes], setting: Setting, number: int, batc
     visits = itertools.chain.from_iterable(rng.permutation(len(images)) for _ in itertools.count())
     while True:
         for visit in itertools.islice(visits, setting.batch_size):
-            transform(images[visit], rng.random(TrainTransform.NUM_DRAWS))
+            transform(images[visit], rng.random(transform.NUM_DRAWS))
         batches_done.release()
 
 

@@ -19,6 +19,7 @@ from wds_convnext.pool import num_cores
 from wds_convnext.progress import Progress
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
+from wds_convnext.stream.policies import parse_policy
 from wds_convnext.stream.transforms import TrainTransform
 from wds_convnext.stream.workers import num_workers
 
@@ -44,7 +45,10 @@ def bench(spec: str, config: BenchConfig | None = None, **options: Any) -> "Benc
     dataset = open_dataset(spec, jobs=num_cores(), quiet=False)
     order = TrainOrder(dataset.sizes, config.seed, config.batch_size, config.shuffle_buffer)
     transform = TrainTransform(
-        config.image_size, color_jitter=config.color_jitter, decoder=config.decoder
+        config.image_size,
+        policy=parse_policy(config.auto_augment),
+        color_jitter=config.color_jitter,
+        decoder=config.decoder,
     )
     measured = sorted({1, *counts})  # one worker in any case: what handing over costs
     with Progress("Measuring", total=len(measured) + 1, unit="measurements") as progress:

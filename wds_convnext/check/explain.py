@@ -168,9 +168,10 @@ def _draw_one(
         "label": label,
         "class_name": dataset.class_names[label],
         "is_flipped": transform.flips(draws),
+        "operations": transform.operations(draws),
         "color_factors": transform.color_factors(draws),
     }
-    return transform.jitter(image, draws), found
+    return transform.augment(image, draws), found
 
 
 def find_sample(dataset: Dataset, key: str) -> int:

@@ -23,6 +23,7 @@ class DrawnSample:
     image_size: tuple[int, int]  # height, width; of the image when it is cropped
     crop: Box
     is_flipped: bool
+    operations: list[tuple[str, float]]  # of the policy, with magnitudes, in their order
     color_factors: dict[str, float]  # in the order they are applied in
     partner: int | None  # position of the sample it is mixed with
     in_place_of: list[dict]  # samples that do not decode: shard, key, reason
@@ -36,6 +37,7 @@ class DrawnSample:
             f"crop {box.width}x{box.height} at {box.left},{box.top} of {width}x{height}",
         ]
         words += ["flipped"] * self.is_flipped
+        words += [f"{name} {magnitude:.3f}" for name, magnitude in self.operations]
         words += [f"{name} {factor:.3f}" for name, factor in self.color_factors.items()]
         words += [f"with {self.partner}"] * (self.partner is not None)
         words += [f"in place of {bad['key']}: {bad['reason']}" for bad in self.in_place_of]

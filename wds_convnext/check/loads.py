@@ -209,7 +209,7 @@ class TimedTransform:
         decoded = time.perf_counter()
         image = self.transform.resize(pixels, draws)
         resized = time.perf_counter()
-        image = self.transform.jitter(image, draws)
+        image = self.transform.augment(image, draws)
         self.spent["decode"] += decoded - started
         self.spent["resize"] += resized - decoded
         self.spent["jitter"] += time.perf_counter() - resized

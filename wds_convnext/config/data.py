@@ -14,6 +14,7 @@ from wds_convnext.config.fields import (
     SEED,
     SHARE,
     WORKERS,
+    AutoAugment,
     ByteSize,
     Config,
     FiniteRange,
@@ -194,6 +195,7 @@ class BenchConfig(Config):
         224, "Side of the square the model sees, in pixels.", group="Loader", type=IMAGE_SIZE
     )
     batch_size: int = option(160, "Samples per batch.", group="Loader", type=COUNT)
+    auto_augment: str = option("none", "As in training.", group="Loader", type=AutoAugment())
     color_jitter: float = option(
         0.4,
         "Range of brightness, contrast and saturation factors, 1 +- this; 0 for none.",

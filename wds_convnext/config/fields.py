@@ -20,6 +20,9 @@ import click
 
 from wds_convnext.errors import UsageError, did_you_mean
 
+# rand, rand-m9, rand-m9-n2: magnitude 0 to 30, 1 to 9 operations.
+RAND_AUGMENT = re.compile(r"rand(?:-m([12]?\d|30))?(?:-n([1-9]))?")
+
 
 class FiniteRange(click.FloatRange):
     """A range of numbers without nan, which lies in all of click's, and without infinity."""
@@ -46,6 +49,17 @@ class Channels(click.ParamType):
         if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
             self.fail(f"{value!r} is not three numbers; write e.g. 0.5,0.5,0.5", param, ctx)
         return ",".join(f"{number:.9g}" for number in numbers)
+
+
+class AutoAugment(click.ParamType):
+    """An augmentation policy: none, trivial, 3a, or RandAugment as timm writes it."""
+
+    name = "policy"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in ("none", "trivial", "3a") and not RAND_AUGMENT.fullmatch(value):
+            self.fail(f"{value!r} is no policy", param, ctx)
+        return value
 
 
 class KeyValue(click.ParamType):
@@ -218,6 +232,8 @@ def expectation(spec: Field) -> str:
         return "a size, e.g. 500MB"
     if isinstance(kind, Channels):
         return "three numbers, e.g. 0.5,0.5,0.5"
+    if isinstance(kind, AutoAugment):
+        return "none, trivial, 3a or rand-m9-n2 (magnitude 0 to 30, 1 to 9 operations)"
     if isinstance(kind, KeyValue):
         return "KEY=VALUE, e.g. drop_rate=0.2; in TOML and Python a list of these"
     if spec.metadata["is_output"]:

@@ -15,6 +15,7 @@ from wds_convnext.config.fields import (
     POSITIVE,
     SEED,
     WORKERS,
+    AutoAugment,
     Channels,
     Config,
     FiniteRange,
@@ -177,9 +178,17 @@ class TrainConfig(Config):
     hflip: float = option(
         0.5, "Probability of a horizontal flip.", group="Augmentation", type=FRACTION
     )
-    color_jitter: float = option(
-        0.4,
-        "Range of brightness, contrast and saturation factors, 1 +- this; 0 for none.",
+    auto_augment: str = option(
+        "none",
+        "Operations on the crop: none, trivial (TrivialAugment), 3a (3-Augment of DeiT III) or "
+        "rand-m9-n2 (RandAugment: magnitude, number).",
+        group="Augmentation",
+        type=AutoAugment(),
+    )
+    color_jitter: float | None = option(
+        None,
+        "Range of brightness, contrast and saturation factors, 1 +- this; 0 for none. Default: "
+        "0.4, with --auto-augment 3a 0.3, with the others 0.",
         group="Augmentation",
         type=FRACTION,
     )
@@ -398,6 +407,9 @@ class TrainConfig(Config):
         if self.pretrained is None:  # else `with_pretrained` fills in what is not given
             object.__setattr__(self, "model", self.model or _MODEL)
             object.__setattr__(self, "image_size", self.image_size or _IMAGE_SIZE)
+        if self.color_jitter is None:
+            jitter = {"none": 0.4, "3a": 0.3}.get(self.auto_augment, 0.0)
+            object.__setattr__(self, "color_jitter", jitter)
         if self.warmup_epochs is None:
             is_short = self.epochs <= 3 * WARMUP_EPOCHS
             warmup_epochs = self.epochs / 10 if is_short else WARMUP_EPOCHS

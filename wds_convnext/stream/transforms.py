@@ -35,6 +35,7 @@ from wds_convnext.stream.geometry import (
     resize,
     resized_size,
 )
+from wds_convnext.stream.policies import Operations, Policy, apply, functional
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -52,6 +53,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _CROP_ATTEMPTS = 10
 _NUM_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2
+_NUM_OWN_DRAWS = _NUM_CROP_DRAWS + 5  # without a policy's
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,13 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Encoded bytes -> uint8 (3, image_size, image_size): random crop, flip, color jitter.
+    """Encoded bytes -> uint8 (3, image_size, image_size): crop, flip, policy, color jitter.
 
     The crop is torchvision's RandomResizedCrop, or with `crop_padding` its RandomCrop of an image
     whose short side has been resized to image_size, as is usual for small images.
 
     Layout of the draws: (area, ratio) for each of the ten attempts at a crop, then top, left,
-    flip, brightness, contrast, saturation, and the order of these three.
+    flip, brightness, contrast, saturation, the order of these three, and the policy's.
     """
 
     image_size: int = 224
@@ -144,10 +146,12 @@ class TrainTransform:
     decoder: str = "auto"  # see `decode_rgb`
     crop_padding: int | None = None  # pixels around the resized image; None: no RandomCrop
     padding_mode: str = "constant"  # black, or reflect
-    NUM_DRAWS: ClassVar[int] = _NUM_CROP_DRAWS + 5
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
+        if self.policy is not None:
+            functional()  # imported here, it is there when workers are forked
         if self.padding_mode not in PADDING_MODES:
             raise ValueError(f"padding_mode {self.padding_mode!r}: expected {PADDING_MODES}")
         if not 0 <= (self.crop_padding or 0) < self.image_size:
@@ -157,7 +161,11 @@ class TrainTransform:
             )
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
-        return self.jitter(self.resize(self.crop(data, draws), draws), draws)
+        return self.augment(self.resize(self.crop(data, draws), draws), draws)
+
+    @property
+    def NUM_DRAWS(self) -> int:
+        return _NUM_OWN_DRAWS + (self.policy.NUM_DRAWS if self.policy else 0)
 
     def for_known(self) -> "TrainTransform":
         """The same for images that are known to decode: `auto` is nvImageCodec if that works here.
@@ -212,16 +220,23 @@ class TrainTransform:
     def flips(self, draws: np.ndarray) -> bool:
         return bool(draws[_NUM_CROP_DRAWS] < self.hflip)
 
-    def jitter(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """The image with its colors changed; itself if there is no color jitter."""
+    def augment(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """The image after the policy's operations and color jitter, in DeiT III's order."""
+        image = apply(image, self.operations(draws))
         factors = self.color_factors(draws)
         return _adjust_color(image, factors) if factors else image
+
+    def operations(self, draws: np.ndarray) -> Operations:
+        """The policy's operations for an image, in the order they are applied in."""
+        if self.policy is None:
+            return []
+        return self.policy.choose(draws[_NUM_OWN_DRAWS:], self.image_size)
 
     def color_factors(self, draws: np.ndarray) -> dict[str, float]:
         """The factors of brightness, contrast and saturation, in the order they are applied in."""
         if self.color_jitter <= 0:
             return {}
-        *factor_draws, order = draws[_NUM_CROP_DRAWS + 1 :].tolist()
+        *factor_draws, order = draws[_NUM_CROP_DRAWS + 1 : _NUM_OWN_DRAWS].tolist()
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
         factors = [low + draw * (high - low) for draw in factor_draws]
         orders = list(permutations(zip(_ADJUSTMENTS, factors)))

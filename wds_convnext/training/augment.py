@@ -15,6 +15,7 @@ import torch
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import UsageError
 from wds_convnext.rng import derive_key
+from wds_convnext.stream.policies import parse_policy
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 
 
@@ -41,6 +42,7 @@ def _channels(text: str | None) -> tuple[float, ...] | None:
 def build_transform(config: TrainConfig, preprocessing: Preprocessing) -> TrainTransform:
     """What a run's loader does to each image."""
     return preprocessing.train_transform(
+        policy=parse_policy(config.auto_augment),
         color_jitter=config.color_jitter,
         scale=(config.min_crop, 1.0),
         hflip=config.hflip,
