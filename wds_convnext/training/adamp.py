@@ -4,18 +4,9 @@ timm's AdamP loops over tensors and branches twice per tensor on a value that li
 Here the branch is a `torch.where`, and tensors of one shape are updated together: a step of
 convnext_base is 1,920 operations and no synchronization (timm: 6,601 and 226).
 
-On a CPU, where the branch costs nothing and saves work, timm is faster. CPU time of a step, one
-thread, torch 2.15, the tensors of convnext_atto (n = 20) and convnext_tiny (n = 5), medians in ms:
-
-    timm                      37    398
-    here                      53    533
-    here, with found_inf      65    692
-    stacks without a limit    87   1489    dropped: falls out of the cache
-    tensors one by one        63    528    dropped: more operations, for nothing gained
-
-Also dropped: both cosines from one dot product (9 % less time on convnext_atto, n = 20), which
-rounds otherwise at the threshold; moments stacked and copied back, two more passes over each.
-Not measured: any of this on a GPU.
+On a CPU, where the branch costs nothing and saves work, `adamp_host` takes the step.
+Dropped: both cosines from one dot product, which rounds otherwise at the threshold; moments stacked
+and copied back, two more passes over each. Not measured: any of this on a GPU.
 """
 
 import math
@@ -27,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wds_convnext.training.adamp_host import update_on_host
+
 # The largest stack, in elements: what stays in a CPU's cache; elsewhere a bound on memory, 64 MiB
 # of float32 for each temporary.
 MAX_STACK = {"cpu": 2**16}
 MAX_STACK_DEFAULT = 2**24
+HOST_DEVICES = ("cpu",)  # where reading a value costs nothing
 
 
 class AdamP(Optimizer):
@@ -127,6 +121,15 @@ class AdamP(Optimizer):
             exp_avg_sqs.append(state["exp_avg_sq"])
             steps.append(state["step"])
 
+    def _is_for_host(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        """Whether the group's step reads values, which costs nothing on a CPU."""
+        return (
+            all(p.device.type in HOST_DEVICES for p in params)
+            and not (group["caution"] or group["nesterov"])
+            and getattr(self, "grad_scale", None) is None
+            and not torch.compiler.is_compiling()
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient; return the closure's loss, if any."""
@@ -137,6 +140,11 @@ class AdamP(Optimizer):
         for group in self.param_groups:
             columns: tuple[list[Tensor], ...] = [], [], [], [], []
             self._init_group(group, *columns)
+            if self._is_for_host(group, columns[0]):
+                if not bool(getattr(self, "found_inf", False)):
+                    for row in zip(*columns):
+                        update_on_host(*row, group=group)
+                continue
             for rows in _batches_of_one_shape(zip(*columns)):
                 _update(
                     *zip(*rows),
