@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -18,6 +19,7 @@ from wds_convnext.check.splits import (
 )
 from wds_convnext.config import IndexConfig
 from wds_convnext.door import parse_json, read_bounded
+from wds_convnext.engine import open_engine, shared_path
 from wds_convnext.errors import ShardError, UsageError, WdsConvnextError, listing
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
@@ -76,7 +78,12 @@ class IndexReport:
 
 
 def index(
-    spec: str, config: IndexConfig | None = None, *, quiet: bool = False, **options: Any
+    spec: str,
+    config: IndexConfig | None = None,
+    *,
+    executor: Executor | None = None,
+    quiet: bool = False,
+    **options: Any,
 ) -> IndexReport:
     """Write a sidecar for each shard, and an index and a manifest for each split that a spec names.
 
@@ -85,6 +92,7 @@ def index(
     Args:
         spec: as for training; a folder stands for all splits in it.
         config: where labels and class names stand.
+        executor: runs the work in place of processes of this machine.
         options: fields of `IndexConfig` by name: `label_field="class", class_names="names.txt"`.
             By default there is a process per CPU core, so that a script has to call this under
             `if __name__ == "__main__":`, or with `jobs=1`.
@@ -98,7 +106,8 @@ def index(
     config = IndexConfig.of(config, options)
     label_field = config.label_field
     class_names = read_class_names(config.class_names) if config.class_names else None
-    splits = find_shard_splits(spec)
+    is_shared = config.engine is not None or executor is not None
+    splits = find_shard_splits(shared_path(spec, is_shared=is_shared))
     for split in splits:
         if split.manifest_error:
             raise split.manifest_error
@@ -120,7 +129,10 @@ def index(
                 f"{f' ({extra[0]})' if extra else ''}. Name the manifest, or move it away."
             )
     with _leaving_nothing(splits):
-        with Workers(config.jobs) as workers:
+        with (
+            open_engine(config.engine, executor) as engine,
+            Workers(config.jobs, executor=engine) as workers,
+        ):
             decode = config.check == "decode"
             indexed = [_index_split(s, label_field, decode, workers, quiet) for s in splits]
         names = _name_classes([shard for shards in indexed for shard in shards], class_names)

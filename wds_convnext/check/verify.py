@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from wds_convnext.check.splits import (
 from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.opening import find_openers
 from wds_convnext.conversion.source import SourceSplit
+from wds_convnext.engine import open_engine, shared_path
 from wds_convnext.errors import printable
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
@@ -85,6 +87,7 @@ def verify(
     config: VerifyConfig | None = None,
     *,
     source: SourceSplit | Iterable[SourceSplit] | None = None,
+    executor: Executor | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> VerifyReport:
@@ -98,6 +101,7 @@ def verify(
         spec: as for training; a folder stands for all splits in it.
         config: what to compare.
         source: a source of one's own, as it was given to `convert`, in place of `against`.
+        executor: runs the work in place of processes of this machine.
         options: fields of `VerifyConfig` by name: `deep=True, against="pictures"`.
             By default there is a process per CPU core, so that a script has to call this under
             `if __name__ == "__main__":`, or with `jobs=1`.
@@ -107,13 +111,18 @@ def verify(
     """
     started = time.monotonic()
     config = VerifyConfig.of(config, options)
-    against = "the source" if source is not None else config.against
-    splits = find_shard_splits(spec)
+    is_shared = config.engine is not None or executor is not None
+    against = config.against and shared_path(config.against, is_shared=is_shared)
+    against = "the source" if source is not None else against
+    splits = find_shard_splits(shared_path(spec, is_shared=is_shared))
     openers = {}
     if against:
         with Progress("list", unit="files", quiet=quiet) as progress:
             openers = find_openers(against if source is None else source, progress.add).openers
-    with Workers(config.jobs) as workers:
+    with (
+        open_engine(config.engine, executor) as engine,
+        Workers(config.jobs, executor=engine) as workers,
+    ):
         inputs = {}
         if against:
             inputs = open_inputs(against, openers, splits, workers=workers, quiet=quiet)

@@ -95,6 +95,19 @@ class ByteSize(click.ParamType):
         return num_bytes
 
 
+class PartOf(click.ParamType):
+    """One of some equal parts, as 3/16; the first is 1."""
+
+    name = "k/n"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value, re.ASCII)
+        number, of = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= of:
+            self.fail(f"{value!r} is no part; write e.g. 3/16, from 1/16 to 16/16", param, ctx)
+        return f"{number}/{of}"
+
+
 FRACTION = FiniteRange(0, 1)
 SHARE = FiniteRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
