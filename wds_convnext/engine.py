@@ -4,6 +4,7 @@ Any executor of `concurrent.futures` does; this makes one of a name. What is sen
 the names of functions; images are read and written by the workers, from folders that all see.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -13,7 +14,7 @@ from typing import Any
 import wds_convnext
 from wds_convnext.errors import UsageError, listing
 
-_CONNECT_S = 10
+CONNECT_S = 10
 
 
 @contextmanager
@@ -39,12 +40,13 @@ def open_engine(name: str | None, executor: Executor | None = None) -> Iterator[
             "Install it: pip install 'wds-convnext[cluster]'."
         ) from None
     try:
-        client = Client(f"tcp://{address}", timeout=_CONNECT_S, set_as_default=False)
+        client = Client(f"tcp://{address}", timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
             f"--engine {name}: no scheduler answers there ({reason}). Start one: dask scheduler."
         ) from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the one line says it
     with client:
         _check_versions(name, client)
         yield client.get_executor()

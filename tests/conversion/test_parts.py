@@ -162,8 +162,10 @@ def test_what_a_task_raises_on_an_executor_comes_out(tmp_path):
     """A bad image is its own line; a broken executor another."""
     write_split(tmp_path / "in", "train", image_table([b"no image"] * 4, [0, 1, 0, 1]))
     source = str(tmp_path / "in")
-    with ThreadPoolExecutor(2) as threads:
-        with pytest.raises(DataError, match="4 of 4 rows are unusable"):
-            convert(source, tmp_path / "out", executor=threads)
+    with (
+        ThreadPoolExecutor(2) as threads,
+        pytest.raises(DataError, match="4 of 4 rows are unusable"),
+    ):
+        convert(source, tmp_path / "out", executor=threads)
     with pytest.raises(WdsConvnextError, match=r"the engine failed \(RuntimeError: cannot sched"):
         convert(source, tmp_path / "out", executor=threads)

@@ -243,6 +243,8 @@ def expectation(spec: Field) -> str:
     kind = value_type(spec)
     if isinstance(kind, ByteSize):
         return "a size, e.g. 500MB"
+    if isinstance(kind, PartOf):
+        return "one of several parts, from 1/16 to 16/16"
     if isinstance(kind, Channels):
         return "three numbers, e.g. 0.5,0.5,0.5"
     if isinstance(kind, AutoAugment):
