@@ -1,0 +1,120 @@
+"""A store on loopback that fails as real ones do: some share of the GETs, in one of seven ways."""
+
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FAULTS = ("408", "429", "503", "stall", "cut", "length", "flip")
+
+
+class HostileStore(ThreadingHTTPServer):
+    """Serves a folder with ranges, by GET.
+
+    Args:
+        failing: probability that a GET fails.
+        faults: the ways in which it may.
+        stall_s: how long a stalled answer takes.
+        retry_after: what 429 and 503 ask for.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder, *, failing=0.0, faults=FAULTS, stall_s=1.0, retry_after="0", seed=0):
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.folder, self.failing, self.faults = Path(folder), failing, faults
+        self.stall_s, self.retry_after = stall_s, retry_after
+        self.rng, self.lock = random.Random(seed), threading.Lock()
+        self.asked: Counter[str] = Counter()  # names of objects
+        self.failed: Counter[str] = Counter()  # faults
+        self.sent = 0  # bytes of bodies
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fault(self) -> str | None:
+        with self.lock:
+            if self.rng.random() >= self.failing:
+                return None
+            fault = self.rng.choice(self.faults)
+            self.failed[fault] += 1
+            return fault
+
+    def draw(self, stop: int) -> int:
+        with self.lock:
+            return self.rng.randrange(stop)
+
+    def handle_error(self, request, client_address):
+        pass  # clients that are killed hang up
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: HostileStore
+
+    def do_GET(self):
+        name = self.path.lstrip("/")
+        self.server.asked[name.rpartition("/")[2]] += 1
+        path = self.server.folder / name
+        if not path.is_file():
+            return self._say(404)
+        data = path.read_bytes()
+        size, start = len(data), 0
+        if ranged := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(ranged[1])
+            if start >= size:
+                return self._say(416)
+            data = data[start:]
+        fault = self.server.fault()
+        if fault in ("408", "429", "503"):
+            return self._say(int(fault), {"Retry-After": self.server.retry_after})
+        length = len(data)
+        if fault == "flip":
+            at = self.server.draw(length)
+            data = data[:at] + bytes([data[at] ^ 1 << self.server.draw(8)]) + data[at + 1 :]
+        if fault == "length":
+            length = self.server.draw(length)  # a proxy that counts wrong
+        if fault in ("cut", "stall"):
+            data = data[: self.server.draw(length)]
+        headers = {"Content-Length": length}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        self._head(206 if start else 200, headers)
+        self.wfile.write(data[:length])
+        self.server.sent += len(data[:length])
+        if fault == "stall":
+            self.wfile.flush()
+            time.sleep(self.server.stall_s)
+        self.close_connection = True
+        return None
+
+    def _say(self, status, headers=None):
+        self._head(status, {"Content-Length": 0} | (headers or {}))
+
+    def _head(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@contextmanager
+def serving(folder, **options) -> Iterator[HostileStore]:
+    """A store that serves a folder meanwhile."""
+    store = HostileStore(folder, **options)
+    thread = threading.Thread(target=store.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield store
+    finally:
+        store.shutdown()
+        thread.join()
+        store.server_close()

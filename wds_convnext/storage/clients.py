@@ -1,0 +1,172 @@
+"""How bytes of a store are asked for. Only the programs `fetcher` and `asking` do so.
+
+http(s) and hf:// are `web`'s; s3, gs and az go through obstore (extra `remote`), whose own retries
+are switched off; every other scheme through fsspec. What fails is one of `failures`.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, Protocol
+
+from wds_convnext.errors import UsageError
+from wds_convnext.storage.failures import Denied, Missing, Transient, package, reason_of
+from wds_convnext.storage.profiles import aws_profile
+from wds_convnext.storage.web import HttpClient, HubClient
+from wds_convnext.urls import name_in, parent, scheme_of
+
+_PART = 1 << 23  # bytes of one request, where a client does not stream
+# Where a machine in a cloud learns its credentials, after all else was looked through.
+_METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
+_OBSTORE = ("s3", "gs", "az", "azure", "abfss", "r2")
+
+
+class Client(Protocol):
+    """What a store is asked: bytes of an object, and names in a folder."""
+
+    def read(self, url: str, start: int) -> Iterator[bytes]:
+        """An object's bytes from `start` on, in pieces.
+
+        Raises:
+            Missing, Denied, Transient: which may come at any piece.
+        """
+
+    def names(self, folder: str) -> list[str] | None:
+        """The names of the objects in a folder; None where the store has no listings."""
+
+
+def client_for(url: str, *, stall_s: float) -> Client:
+    """A client for a URL's store.
+
+    Args:
+        stall_s: seconds without a byte after which a request is given up.
+    Raises:
+        UsageError: if it needs a package that is not installed, or the scheme is not known.
+    """
+    scheme = scheme_of(url)
+    if scheme in ("http", "https"):
+        return HttpClient(stall_s)
+    if scheme == "hf":
+        return HubClient(stall_s)
+    if scheme in _OBSTORE:
+        return ObstoreClient(scheme, stall_s)
+    return FsspecClient(url)
+
+
+class ObstoreClient:
+    """s3, gs and az, with the usual chain of credentials; without any, as a stranger."""
+
+    def __init__(self, scheme: str, stall_s: float):
+        self._stall_s = stall_s
+        self._obstore = package("obstore")
+        self._stores: dict[str, Any] = {}
+        self._options: dict[str, Any] = aws_profile() if scheme in ("s3", "r2") else {}
+
+    def read(self, url: str, start: int) -> Iterator[bytes]:
+        size = None
+        while size is None or start < size:
+            store = self._store(parent(url))
+            try:
+                options = {"range": (start, start + _PART)}
+                found = self._obstore.get(store, name_in(url), options=options)
+                size, begin = int(found.meta["size"]), int(found.range[0])
+                if begin != start:
+                    raise Transient("another range than asked for")
+                expected = min(_PART, size - start)
+                data = bytes(found.bytes())
+            except Transient:
+                raise
+            except Exception as error:
+                if "status code: 416" in str(error) and start:
+                    return  # the object ends before `start`
+                raise self._translated(error) from None
+            if len(data) != expected:
+                raise Transient("cut short")
+            start += len(data)
+            yield data
+
+    def names(self, folder: str) -> list[str] | None:
+        try:
+            found = self._obstore.list_with_delimiter(self._store(folder))
+        except Exception as error:
+            raise self._translated(error) from None
+        return [name_in(entry["path"]) for entry in found["objects"]]
+
+    def _store(self, folder: str) -> Any:
+        if folder not in self._stores:
+            endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+            stated = self._options.get("aws_endpoint")
+            endpoint = next(filter(None, [*map(os.environ.get, endpoints), stated]), "")
+            store_url = re.sub(r"^(r2)://", "s3://", folder)
+            self._stores[folder] = self._obstore.store.from_url(
+                store_url,
+                retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=self._stall_s)},
+                client_options={
+                    "connect_timeout": f"{self._stall_s * 1000:.0f}ms",
+                    "timeout": f"{4 * self._stall_s * 1000:.0f}ms",  # of a part
+                    "allow_http": endpoint.startswith("http:"),
+                },
+                **self._options,
+            )
+        return self._stores[folder]
+
+    @property
+    def _is_stranger(self) -> bool:
+        return "skip_signature" in self._options
+
+    def _translated(self, error: Exception) -> Exception:
+        self._stores.clear()  # made again, a store finds newer credentials
+        known = self._obstore.exceptions
+        if isinstance(error, FileNotFoundError | known.NotFoundError):
+            return Missing()
+        if isinstance(error, known.PermissionDeniedError | known.UnauthenticatedError):
+            return Denied("no credentials found" if self._is_stranger else "no permission")
+        if any(host in str(error) for host in _METADATA_HOSTS) and not self._is_stranger:
+            # The end of the chain was asked in vain, so there are none: public buckets need none.
+            self._options["skip_signature"] = True
+            return Transient("no credentials found")
+        status = re.search(r"status code: (\d+)", str(error))
+        if status:
+            return Transient(f"status {status[1]}")
+        return Transient("no connection" if "HTTP error" in str(error) else type(error).__name__)
+
+
+class FsspecClient:
+    """Every other scheme, as far as fsspec and its plug-ins know it."""
+
+    def __init__(self, url: str):
+        fsspec = package("fsspec")
+        try:
+            self._system, _ = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise UsageError(
+                f"{url}: fsspec does not know this store ({reason_of(error)}). Use s3, gs, az, hf "
+                "or https, or install fsspec's plug-in for it."
+            ) from None
+
+    def read(self, url: str, start: int) -> Iterator[bytes]:
+        try:
+            size = int(self._system.info(url)["size"])
+            while start < size:
+                piece = self._system.cat_file(url, start=start, end=min(size, start + _PART))
+                if not piece:
+                    raise Transient("cut short")
+                start += len(piece)
+                yield piece
+        except FileNotFoundError:
+            raise Missing from None
+        except PermissionError:
+            raise Denied("no permission") from None
+        except Transient:
+            raise
+        except Exception as error:  # of plug-ins, whose kinds are not known here
+            raise Transient(reason_of(error)) from None
+
+    def names(self, folder: str) -> list[str] | None:
+        try:
+            return [name_in(path) for path in self._system.ls(folder, detail=False)]
+        except FileNotFoundError:
+            raise Missing from None
+        except Exception as error:
+            raise Transient(reason_of(error)) from None
