@@ -297,11 +297,6 @@ def test_a_manifest_is_its_shards(tmp_path):
             "pipe:cat data/train-000.tar",
             "pipe:cat data/train-000.tar: pipes run a shell, so they are not read. Name files.",
         ),
-        (
-            "s3://bucket/train-{000..012}.tar",
-            "s3://bucket/train-{000..012}.tar: s3 shards cannot be read. "
-            "Copy them to a local folder.",
-        ),
     ],
 )
 def test_a_spec_that_names_no_shards_ends_in_one_line(here, spec, message):

@@ -36,6 +36,7 @@ from wds_convnext.shards.decode import decode_rgb
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import read_samples
 from wds_convnext.shards.spec import Shard, sources_path
+from wds_convnext.storage.layout import held
 
 _ROW_KEY = re.compile(r"\d{9}|[1-9]\d{9,17}", re.ASCII)
 _NO_ROW = -1
@@ -232,6 +233,11 @@ class DigestShard:
 
 def digest_shard(task: DigestShard, count: Callable[[int, int], None]) -> np.ndarray:
     """Row, image digest and label of each sample, DIGEST; nothing if the shard is broken."""
+    with held(task.shard.path):
+        return _digest_shard(task, count)
+
+
+def _digest_shard(task: DigestShard, count: Callable[[int, int], None]) -> np.ndarray:
     path, digests = task.shard.path, []
     sources = np.full(task.shard.num_samples, AS_STORED, np.uint64)
     if task.sources:

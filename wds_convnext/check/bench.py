@@ -18,6 +18,7 @@ from wds_convnext.config import BenchConfig
 from wds_convnext.pool import num_cores
 from wds_convnext.progress import Progress
 from wds_convnext.shards.opening import open_dataset
+from wds_convnext.storage.cache import caching
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.policies import parse_policy
 from wds_convnext.stream.transforms import TrainTransform
@@ -39,6 +40,11 @@ def bench(spec: str, config: BenchConfig | None = None, **options: Any) -> "Benc
         WdsConvnextError: what else the loader met.
     """
     config = BenchConfig.of(config, options)
+    with caching(config):
+        return _bench(spec, config)
+
+
+def _bench(spec: str, config: BenchConfig) -> "BenchReport":
     most = num_workers(config.workers)
     powers = [2**i for i in range(most.bit_length()) if 2**i < most]
     counts = [*powers, most] if config.workers is None else [config.workers]

@@ -13,6 +13,7 @@ from wds_convnext.config import CacheConfig
 from wds_convnext.errors import printable
 from wds_convnext.pool import num_cores
 from wds_convnext.shards.opening import open_splits
+from wds_convnext.storage.cache import CacheOptions, caching
 from wds_convnext.storage.schedule import Plan, simulate
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.plan import Ranks, RunPlan, largest_buffer
@@ -95,7 +96,11 @@ def plan_cache(spec: str, config: CacheConfig | None = None, **options: Any) -> 
         UsageError: if there are to be more workers than make sense.
     """
     config = CacheConfig.of(config, options)
-    train_data, val_data, _ = open_splits(spec, config.val_shards, jobs=num_cores(), quiet=False)
+    # --cache-size is a question here, not the limit of what is fetched now: a few small files.
+    with caching(CacheOptions(config.cache_dir, None, config.remote_timeout)):
+        train_data, val_data, _ = open_splits(
+            spec, config.val_shards, jobs=num_cores(), quiet=False
+        )
     shards = [*train_data.shards, *(val_data.shards if val_data else ())]
     sizes = np.array([shard.num_bytes or os.path.getsize(shard.path) for shard in shards], np.int64)
     local_ranks = config.ranks // config.nodes

@@ -21,6 +21,7 @@ from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.opening import open_dataset, open_splits
 from wds_convnext.shards.spec import total_bytes
+from wds_convnext.storage.cache import caching
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.sampling import build_weighting
 
@@ -140,12 +141,18 @@ def doctor(
         from wds_convnext.training.pretrained import with_pretrained  # and torch with it
 
         config = with_pretrained(config)
+    with caching(config):
+        case, checks = _check(config, quiet=quiet)
+    return DoctorReport(case, tuple(checks), time.monotonic() - started)
+
+
+def _check(config: DoctorConfig, *, quiet: bool) -> tuple[Case, list[Check]]:
     case = _examine(config, quiet=quiet)
     checks = [Check.of(rule, case) for rule in DATA_RULES]
     from wds_convnext.check.machine import MACHINE_RULES  # and torch with it, which takes seconds
 
     checks += [Check.of(rule, case) for rule in MACHINE_RULES]
-    return DoctorReport(case, tuple(checks), time.monotonic() - started)
+    return case, checks
 
 
 def _examine(config: DoctorConfig, *, quiet: bool) -> Case:

@@ -31,6 +31,8 @@ from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.decode import Box, decode_rgb
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.sidecar import may_hold, read_samples
+from wds_convnext.storage.cache import caching
+from wds_convnext.storage.layout import held
 from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import TrainTransform
 from wds_convnext.training.augment import MixDraw, Normalizer, build_mixer, build_transform
@@ -53,6 +55,11 @@ def explain(
     """
     config = ExplainConfig.of(config, options)
     config.require_one()
+    with caching(config):
+        return _explain(run, config)
+
+
+def _explain(run: str | None, config: ExplainConfig) -> StepExplanation | SampleExplanation:
     recorded = open_recorded_run(run, shards=config.shards, warn=warn)
     if config.key is not None:
         return _explain_sample(recorded, find_sample(recorded.dataset, config.key))
@@ -186,7 +193,9 @@ def find_sample(dataset: Dataset, key: str) -> int:
     word = "_".join(key.split())  # as sidecars have it
     found = []
     for shard, stated in enumerate(track(dataset.shards, "Looking for the key", unit="shards")):
-        if may_hold(stated.path, word):
+        with held(stated.path):
+            if not may_hold(stated.path, word):
+                continue
             start = dataset.numbers_of(shard).start
             keys = ("_".join(members[0].key.split()) for members in read_samples(stated.path))
             found += [start + i for i, other in enumerate(keys) if other == word]

@@ -25,6 +25,7 @@ from wds_convnext.shards.image import ImageSurvey
 from wds_convnext.shards.naming import find_files, is_held_out
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.spec import Shard, total_bytes
+from wds_convnext.storage.cache import caching
 
 _MAX_CLASS_LINES = 20
 
@@ -99,7 +100,11 @@ class ShardSummary:
             "num_samples": len(shards),
             "num_bytes": self.num_bytes,
             "shards": [
-                {"path": shard.path, "num_samples": shard.num_samples, "num_bytes": shard.num_bytes}
+                {
+                    "path": shard.where,
+                    "num_samples": shard.num_samples,
+                    "num_bytes": shard.num_bytes,
+                }
                 for shard in shards.shards
             ],
             "class_names": list(shards.class_names),
@@ -140,6 +145,13 @@ def inspect(
         UsageError: if a sheet of several splits, or of parquet files, is asked for.
     """
     config = InspectConfig.of(config, options)
+    with caching(config):
+        return _inspect(spec, config, quiet=quiet)
+
+
+def _inspect(
+    spec: str, config: InspectConfig, *, quiet: bool
+) -> list[ShardSummary | ParquetSummary]:
     sheet = config.sheet
     if _names_parquet(spec):
         if sheet is not None:

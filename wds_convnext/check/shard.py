@@ -15,6 +15,7 @@ from wds_convnext.shards.scan import ScannedSample, scan_shard
 from wds_convnext.shards.sidecar import differing_line, sidecar_path
 from wds_convnext.shards.spec import Shard, check_sha256, check_size
 from wds_convnext.shards.tar import Member, read_tar
+from wds_convnext.storage.layout import held
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class ShardFindings:
 
 def check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFindings:
     """Everything that one shard can be checked for without the others."""
+    with held(task.shard.path):
+        return _check_shard(task, count)
+
+
+def _check_shard(task: CheckShard, count: Callable[[int, int], None]) -> ShardFindings:
     path = task.shard.path
     problems, num_bytes = [], 0
     try:

@@ -16,6 +16,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.expand import expand_shards, local_path
 from wds_convnext.shards.naming import missing_siblings
+from wds_convnext.shards.remote import localize, serve
 from wds_convnext.shards.spec import (
     Shard,
     is_manifest,
@@ -24,6 +25,8 @@ from wds_convnext.shards.spec import (
     staging_path,
 )
 from wds_convnext.shards.tar import Member, walk_tar
+from wds_convnext.storage.layout import held
+from wds_convnext.urls import is_remote
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,12 @@ class ShardSplit:
     @property
     def present(self) -> list[str]:
         """The named shards that are there."""
-        return [path for path in self.paths if os.path.isfile(path)]
+        listed = self.listed
+        return [
+            path
+            for path in self.paths
+            if os.path.isfile(path) or (path in listed and listed[path].is_remote)
+        ]
 
     @property
     def is_interrupted(self) -> bool:
@@ -72,6 +80,8 @@ def find_shard_splits(spec: str) -> list[ShardSplit]:
         ShardError: if it names nothing.
     """
     spec = local_path(spec)
+    if is_remote(spec) and not spec.endswith(".tar"):
+        spec = localize(spec)
     paths: dict[str, list[str]] = {}
     if os.path.isdir(spec):
         plans = Path(spec).glob("*.partial/plan.json")
@@ -96,6 +106,8 @@ def _open_split(manifest: str, paths: list[str], *, whole: bool) -> ShardSplit:
             content = read_manifest(manifest)
         except ShardError as problem:
             error = problem
+    if content and content.shards and content.shards[0].is_remote:
+        serve(manifest, content.shards)
     named = set(map(os.path.normpath, paths))
     if whole and content:
         named |= {os.path.normpath(shard.path) for shard in content.shards}
@@ -131,7 +143,8 @@ def find_duplicate_keys(
     for path, hashes in zip(paths, key_hashes):
         hits = np.flatnonzero(np.isin(hashes, repeated))
         if len(hits):
-            samples = list(walk_tar(path))
+            with held(path):
+                samples = list(walk_tar(path))
             for hit in hits:
                 holders.setdefault(samples[hit][0].key, []).append(path)
     return [(key, where) for key, where in sorted(holders.items()) if len(where) > 1]

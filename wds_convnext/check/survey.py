@@ -15,6 +15,7 @@ from wds_convnext.shards.image import ImageSurvey, inspect_image
 from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import read_samples
 from wds_convnext.shards.spec import Shard, check_size
+from wds_convnext.storage.layout import held
 
 UNUSABLE = 0  # in place of a digest
 
@@ -76,6 +77,11 @@ def survey_shards(
 def survey_shard(task: tuple[Shard, str], count: Callable[[int, int], None]) -> Survey:
     """What is in one shard (shard, label field)."""
     stated, label_field = task
+    with held(stated.path):
+        return _survey_shard(stated, label_field, count)
+
+
+def _survey_shard(stated: Shard, label_field: str, count: Callable[[int, int], None]) -> Survey:
     check_size(stated)
     members = read_samples(stated.path)
     shard = Shard(stated.path, len(members), os.path.getsize(stated.path))

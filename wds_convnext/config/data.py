@@ -1,7 +1,6 @@
 """The options of the commands about shards: make, verify, describe, index and time them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import click
 
@@ -19,24 +18,11 @@ from wds_convnext.config.fields import (
     ByteSize,
     Config,
     FiniteRange,
-    PartOf,
     flag_of,
     option,
 )
+from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import UsageError
-
-ENGINE: Any = option(
-    None,
-    "Run the work on a cluster instead: dask://HOST:PORT, a Dask scheduler. Its workers see the "
-    "same folders.",
-    group="Machine",
-)
-
-
-def refuse_jobs_of_engine(config: Any) -> None:
-    """Raise UsageError if both the processes of this machine and a cluster are asked for."""
-    if config.jobs is not None and config.engine is not None:
-        raise UsageError("--jobs and --engine exclude each other: the cluster has its own workers.")
 
 
 @dataclass(frozen=True)
@@ -116,17 +102,6 @@ class ShardsConfig(Config):
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
-    engine: str | None = ENGINE
-    part: str | None = option(
-        None,
-        "Do one of several parts, each on its own machine, all with the same folder for --out: "
-        "3/16, as in a job array. Then --finish.",
-        group="Machine",
-        type=PartOf(),
-    )
-    finish: bool = option(
-        False, "Publish what all parts have done, or say what is missing.", group="Machine"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,14 +119,6 @@ class ShardsConfig(Config):
         given = [flag_of(name) for name in sizes if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other. Give one.")
-        refuse_jobs_of_engine(self)
-        if self.part and self.finish:
-            raise UsageError("--part and --finish exclude each other. Give --finish in the end.")
-        if (self.part or self.finish) and (self.val_fraction or self.test_fraction):
-            raise UsageError(
-                "--part with --val-fraction or --test-fraction: each part would read all images "
-                "to choose the rows. Use --engine, or divide on one machine."
-            )
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise UsageError(
                 f"--val-fraction {self.val_fraction} and --test-fraction {self.test_fraction}: "
@@ -160,7 +127,7 @@ class ShardsConfig(Config):
 
 
 @dataclass(frozen=True)
-class VerifyConfig(Config):
+class VerifyConfig(RemoteConfig):
     """What `wds-convnext verify` compares."""
 
     deep: bool = option(False, "Also decode every image.", group="Checks")
@@ -174,15 +141,10 @@ class VerifyConfig(Config):
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
-    engine: str | None = ENGINE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_jobs_of_engine(self)
 
 
 @dataclass(frozen=True)
-class InspectConfig(Config):
+class InspectConfig(RemoteConfig):
     """What `wds-convnext inspect` shows next to the data; the label mix is that of `train`."""
 
     batch_size: int = option(160, "Samples per batch and rank.", group="Label mix", type=COUNT)
@@ -224,15 +186,10 @@ class IndexConfig(Config):
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
-    engine: str | None = ENGINE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_jobs_of_engine(self)
 
 
 @dataclass(frozen=True)
-class BenchConfig(Config):
+class BenchConfig(RemoteConfig):
     """What `wds-convnext bench` loads, and for how long; the loader is that of `train`."""
 
     image_size: int = option(
@@ -273,7 +230,7 @@ class BenchConfig(Config):
 
 
 @dataclass(frozen=True)
-class CacheConfig(Config):
+class CacheConfig(RemoteConfig):
     """The training whose cache `wds-convnext cache` computes."""
 
     cache_size: int | None = option(

@@ -19,6 +19,7 @@ from typing import Any, Self, get_args
 import click
 
 from wds_convnext.errors import UsageError, did_you_mean
+from wds_convnext.urls import redacted
 
 # rand, rand-m9, rand-m9-n2: magnitude 0 to 30, 1 to 9 operations.
 RAND_AUGMENT = re.compile(r"rand(?:-m([12]?\d|30))?(?:-n([1-9]))?")
@@ -93,19 +94,6 @@ class ByteSize(click.ParamType):
         if num_bytes < 1:
             self.fail(f"{value!r} is not a size; write e.g. 500MB", param, ctx)
         return num_bytes
-
-
-class PartOf(click.ParamType):
-    """One of some equal parts, as 3/16; the first is 1."""
-
-    name = "k/n"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value, re.ASCII)
-        number, of = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= number <= of:
-            self.fail(f"{value!r} is no part; write e.g. 3/16, from 1/16 to 16/16", param, ctx)
-        return f"{number}/{of}"
 
 
 FRACTION = FiniteRange(0, 1)
@@ -232,6 +220,7 @@ def refusal(spec: Field, value: Any, where: str) -> str:
         text = value if isinstance(value, str) else json.dumps(value, default=str)
     except (TypeError, ValueError, RecursionError):  # nested thousands deep, in itself, or huge
         text = f"({type(value).__name__})"
+    text = redacted(text)
     text = text if len(text) <= 60 else text[:57] + "..."
     if isinstance(value, str) and (not text.strip() or not text.isprintable()):
         text = repr(text)
@@ -243,8 +232,6 @@ def expectation(spec: Field) -> str:
     kind = value_type(spec)
     if isinstance(kind, ByteSize):
         return "a size, e.g. 500MB"
-    if isinstance(kind, PartOf):
-        return "one of several parts, from 1/16 to 16/16"
     if isinstance(kind, Channels):
         return "three numbers, e.g. 0.5,0.5,0.5"
     if isinstance(kind, AutoAugment):

@@ -20,7 +20,10 @@ from wds_convnext.shards.naming import (
     purpose,
     split_of,
 )
+from wds_convnext.shards.remote import listed_shards, localize
 from wds_convnext.shards.spec import is_manifest, load_manifest, manifest_path, manifests_in
+from wds_convnext.storage.layout import where
+from wds_convnext.urls import check_url, is_remote, names_remote, redacted
 
 _MAX_COMMAS = 8  # in the name of a file or folder
 
@@ -29,7 +32,8 @@ def expand_spec(spec: str, *, allow_missing: bool = False, use: str = "train") -
     """The shard files that a spec names, in order.
 
     A spec is `data/train-<000..012>.tar`, the brace form `{000..012}`, a glob, a folder,
-    a manifest, one file, or a comma list of these.
+    a manifest, one file, a URL of one of these, or a comma list. Remote shards have local paths
+    too, at which they stand when they are read, see `remote`.
 
     Args:
         allow_missing: name also the files that a range, a numbered series or a manifest lacks.
@@ -48,14 +52,21 @@ def expand_shards(
 
     None where only the shard is named; its manifest, if any, is then found by its name.
     """
-    found = []
+    found: list[tuple[str, str | None]] = []
     for part in _parts(spec):
-        manifest = _named_manifest(part, use)
-        found += [(path, manifest) for path in _expand_part(part, allow_missing, use)]
+        if is_remote(part) and part.endswith(".tar"):
+            manifest = localize(part)
+            braces = _with_braces(part)
+            names = None if re.search(r"[*?\[]", braces) else _expand_braces(braces)
+            found += [(path, manifest) for path in listed_shards(part, names, manifest)]
+            continue
+        local = localize(part) if is_remote(part) else part
+        named = _named_manifest(local, use)
+        found += [(path, named) for path in _expand_part(local, allow_missing, use)]
     if not found:
         raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
     counts = Counter(os.path.abspath(path) for path, _ in found)
-    twice = [path for path, _ in found if counts[os.path.abspath(path)] > 1]
+    twice = [where(path) for path, _ in found if counts[os.path.abspath(path)] > 1]
     if twice:
         raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
     return dict(found)
@@ -71,7 +82,10 @@ def _named_manifest(part: str, use: str) -> str | None:
 
 def absolute_spec(spec: str, *, start: str | os.PathLike = ".") -> str:
     """A spec that names from any working directory what this one names from `start`."""
-    return ",".join(os.path.abspath(os.path.join(start, part)) for part in _parts(spec))
+    return ",".join(
+        part if is_remote(part) else os.path.abspath(os.path.join(start, part))
+        for part in _parts(spec)
+    )
 
 
 def stated_spec(spec: str, folder: str | os.PathLike, *, use: str = "train") -> str:
@@ -80,6 +94,8 @@ def stated_spec(spec: str, folder: str | os.PathLike, *, use: str = "train") -> 
     Where that was is not known. Tried are the working directory, the folder and those above it; the
     first in which the spec names shards, all of which are there, is taken.
     """
+    if names_remote(spec):  # paths in other parts of it are of versions that keep them absolute
+        return spec
     here = Path(folder).absolute()
     for start in (Path.cwd(), here, *here.parents):
         placed = absolute_spec(spec, start=start)
@@ -90,7 +106,7 @@ def stated_spec(spec: str, folder: str | os.PathLike, *, use: str = "train") -> 
 
 
 def _parts(spec: str) -> list[str]:
-    """The local paths and patterns of a comma list.
+    """The paths, patterns and URLs of a comma list.
 
     A comma inside braces belongs to its part, and so does one in the name of a file or folder that
     is there.
@@ -120,7 +136,7 @@ def _is_there(path: str) -> bool:
 
 
 def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
-    braces = re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
+    braces = _with_braces(part)
     if braces.endswith(".json"):
         return [shard.path for shard in load_manifest(braces)[1]]
     if os.path.isdir(braces):
@@ -141,6 +157,10 @@ def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
     if not allow_missing:
         _refuse_missing(part, missing, len(names))
     return names
+
+
+def _with_braces(part: str) -> str:
+    return re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -190,8 +210,8 @@ def _choose_split(folder: str, splits: list[str], use: str) -> str:
     found = f"several {use} splits," if fitting else f"no {use} split, but"
     example = os.path.join(folder, f"{(fitting or ['NAME'])[0]}*.tar")
     raise ShardError(
-        f"{folder}: the folder holds {found} {listing(fitting or splits)}. "
-        f"Name the shards, for example '{example}'."
+        f"{where(os.path.join(folder, ''))}: the folder holds {found} "
+        f"{listing(fitting or splits)}. Name the shards, for example '{where(example)}'."
     )
 
 
@@ -240,21 +260,21 @@ def find_counterpart(train_shard: str, *, use: str) -> str | None:
         return None
     manifest, found = splits[split]
     if is_manifest(manifest):
-        return manifest
+        return where(manifest)
     first = os.path.basename(found[0])
     joint = first[len(split)] if first[len(split)] in "-_." else "[0-9]"
     return found[0] if first == f"{split}.tar" else os.path.join(folder, f"{split}{joint}*.tar")
 
 
 def local_path(url: str) -> str:
-    """The local file behind a shard's URL: the one place through which every shard is reached.
+    """The local path that a part of a spec names; a remote URL as it is.
 
     Raises:
-        ShardError: for remote URLs, which are not read yet, and for `pipe:`, which never is.
+        ShardError: for `pipe:`, which is never read.
+        UsageError: for a URL that holds credentials.
     """
-    scheme = re.match(r"([a-z][a-z0-9+]*)://|(pipe):", url)
-    if not scheme or scheme[1] == "file":
-        return os.path.expanduser(url.removeprefix("file://"))
-    if scheme[2]:
-        raise ShardError(f"{url}: pipes run a shell, so they are not read. Name files.")
-    raise ShardError(f"{url}: {scheme[1]} shards cannot be read. Copy them to a local folder.")
+    if is_remote(url):
+        return check_url(url)
+    if url.startswith("pipe:"):
+        raise ShardError(f"{redacted(url)}: pipes run a shell, so they are not read. Name files.")
+    return os.path.expanduser(url.removeprefix("file://"))

@@ -12,6 +12,7 @@ from wds_convnext.shards.expand import expand_shards, find_counterpart
 from wds_convnext.shards.index import IndexFile, SampleIndex
 from wds_convnext.shards.indexing import find_index
 from wds_convnext.shards.naming import split_of
+from wds_convnext.shards.remote import serve
 from wds_convnext.shards.scan import MAX_CLASSES
 from wds_convnext.shards.spec import (
     Shard,
@@ -98,6 +99,9 @@ def _from_manifests(
                 f"{path}: not listed in {manifest_path(path)}. Leave it out, or index them again."
             )
         check_size(listed[path])
+    for path, manifest in manifests.items():
+        if manifest.shards and manifest.shards[0].is_remote:
+            serve(path, manifest.shards)
     dataset = replace(first, shards=tuple(listed[path] for path in paths))
     return dataset, {path: manifest.shards for path, manifest in manifests.items()}
 

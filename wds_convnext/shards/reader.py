@@ -20,6 +20,7 @@ from wds_convnext.shards.headers import BLOCK, announced_bytes
 from wds_convnext.shards.index import DECODED, HAS_CHECKSUM, JSON_LABEL, Record, checksum
 from wds_convnext.shards.spec import Shard, refuse_size
 from wds_convnext.shards.tar import Member, is_plain_member, read_members
+from wds_convnext.storage.layout import open_locked
 
 if TYPE_CHECKING:
     from wds_convnext.shards.dataset import Dataset
@@ -82,6 +83,8 @@ class SampleReader:
         if hasattr(os, "posix_fadvise"):  # not on macOS
             with suppress(ShardError, OSError):
                 shard, sample = self.dataset.locate(number)
+                if self.dataset.shards[shard].is_remote:  # the fetcher knows
+                    return
                 (offset, num_bytes), _ = self._index.record(shard, sample).places
                 file = self._file(shard)
                 os.posix_fadvise(file, offset - BLOCK, BLOCK + num_bytes, os.POSIX_FADV_WILLNEED)
@@ -99,7 +102,7 @@ class SampleReader:
         members = self._members(shard, record, span)
         at = record.start
         data = {m.extension: span[m.offset - at : m.offset - at + m.num_bytes] for m in members}
-        return {"__key__": members[0].key, "__url__": self.dataset.shards[shard].path, **data}
+        return {"__key__": members[0].key, "__url__": self.dataset.shards[shard].where, **data}
 
     def describe(self, number: int) -> dict[str, str | int]:
         """Shard, key and byte offset of a sample's image, for messages and reports."""
@@ -110,7 +113,7 @@ class SampleReader:
         except ShardError:
             key = f"unreadable (sample {sample})"
         offset = record.start + record.image_offset
-        return {"shard": self.dataset.shards[shard].path, "key": key, "offset": offset}
+        return {"shard": self.dataset.shards[shard].where, "key": key, "offset": offset}
 
     def key(self, number: int) -> str:
         """The key of one sample, from its tar header.
@@ -135,7 +138,7 @@ class SampleReader:
 
     def _members(self, shard: int, record: Record, span: bytes) -> list[Member]:
         """The members of a sample whose headers stand in `span`, its bytes or the first of them."""
-        path = self.dataset.shards[shard].path
+        path = self.dataset.shards[shard].where
         try:
             members = read_members(span, record.start)
         except ShardError as error:
@@ -182,7 +185,14 @@ class SampleReader:
         return self._member(shard, member, span, start)
 
     def _pread(self, shard: int, num_bytes: int, start: int) -> bytes:
-        path = self.dataset.shards[shard].path
+        path = self.dataset.shards[shard].where
+        if self.dataset.shards[shard].is_remote:
+            # Opened for each read (5 us): a shard that is open can't make room for another.
+            file = open_shard(self.dataset.shards[shard])
+            try:
+                return read_whole(file, num_bytes, start, path=path)
+            finally:
+                os.close(file)
         try:
             return read_whole(self._file(shard), num_bytes, start, path=path)
         except _StaleError:  # the file server has begun again; opened again, it is there
@@ -191,7 +201,7 @@ class SampleReader:
 
     def _member(self, shard: int, member: tuple[int, int], span: bytes, start: int) -> bytes:
         """The data of a member (offset, bytes) within `span`, the shard's bytes from `start`."""
-        return cut_member(span, start, member, path=self.dataset.shards[shard].path)
+        return cut_member(span, start, member, path=self.dataset.shards[shard].where)
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
@@ -204,13 +214,16 @@ class SampleReader:
 
 
 def open_shard(shard: Shard) -> int:
-    """A descriptor of a shard's file, whose size is as stated.
+    """A descriptor of a shard's file, whose size is as stated. A remote shard is waited for.
 
     Raises:
-        ShardError: if the shard is missing or has another size.
+        ShardError: if the shard is missing, has another size, or cannot be fetched.
     """
     try:
-        file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        if shard.is_remote:
+            file = open_locked(shard.path)
+        else:
+            file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ShardError(f"{shard.path}: {error.strerror}. Copy it again.") from None
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from wds_convnext.door import MAX_COUNT, base_name, count, read_json, text
 from wds_convnext.errors import ShardError
 from wds_convnext.shards.naming import find_files, split_of
+from wds_convnext.storage.layout import is_cached, where
 
 MANIFEST_FORMAT = "wds_convnext 1"
 
@@ -40,6 +41,16 @@ class Shard:
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+    @property
+    def where(self) -> str:
+        """The path or, of a remote shard, the URL."""
+        return where(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the path is one in a cache, where the shard stands only at times."""
+        return is_cached(self.path)
 
 
 def total_bytes(shards: Iterable[Shard]) -> int:
@@ -130,11 +141,13 @@ def manifests_in(folder: str | os.PathLike) -> dict[str, list[str]]:
 
 
 def check_size(shard: Shard) -> None:
-    """Compare a shard's size with its manifest's.
+    """Compare a shard's size with its manifest's. A remote one's is, when it is fetched.
 
     Raises:
         ShardError: if the shard is missing or has another size.
     """
+    if shard.is_remote and not os.path.exists(shard.path):
+        return
     try:
         num_bytes = os.path.getsize(shard.path)
     except OSError as error:

@@ -1,0 +1,289 @@
+"""The fetcher: the process of a node that brings shards. Run as a program, see `programs`.
+
+It keeps a cache: every few milliseconds it looks at the clock and at what readers wait for, and
+begins what should begin. What it decides depends on nothing but the files in the cache's folder
+(`layout`), so it may be killed and started again at any moment.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wds_convnext.errors import ShardError, UsageError
+from wds_convnext.files import unwritable, write_atomically
+from wds_convnext.storage.layout import COUNTS, GAVE_UP, MARGIN, Object, occupied, origin_of
+from wds_convnext.storage.transfer import Counts, Expected, Store
+
+if TYPE_CHECKING:
+    from wds_convnext.storage.schedule import NextUses
+
+NUM_TRANSFERS = 8  # objects on their way at a time
+_TICK_S = 0.02
+_GRACE_S = 0.5  # in which an object that was waited for is not evicted
+_RETRY_S = 0.2  # what was being read when it should have gone is tried again
+_BLOCK = 4096
+
+
+class Fetcher:
+    """The keeper of a cache's folder.
+
+    Args:
+        path: of the folder.
+        cache_bytes: what it may occupy.
+        timeout_s: see `Store`.
+    """
+
+    def __init__(self, path: Path, *, cache_bytes: int, timeout_s: float):
+        self.path, self.cache_bytes, self.timeout_s = path, cache_bytes, timeout_s
+        self._before = COUNTS.unpack((path / "counts").read_bytes())  # of fetchers that died
+        self._num_published = self._num_evicted = 0
+        self._stamps: dict[str, tuple] = {}
+        self._objects: list[Object] = []
+        self._by_token: dict[str, int] = {}
+        self._next_uses: NextUses | None = None
+        self._now, self._at, self._order = -1, list[int](), list[int]()
+        self._other_bytes = 0
+        self._present: dict[int, int] = {}  # object -> bytes that it occupies
+        self._since: dict[int, float] = {}  # object -> when it was published for a reader
+        self._busy: dict[Future, tuple[int, int]] = {}  # -> object, bytes set aside
+        self._counts: list[Counts] = []  # of each store, since one thread adds to it
+        self._stores: list[Store] = []
+        self._looked: tuple = ()
+        self._pool = ThreadPoolExecutor(NUM_TRANSFERS)
+
+    def run(self, owner: int) -> int:
+        """Serve until the process that opened the cache ends; gives the exit code."""
+        try:
+            while os.getppid() == owner:
+                self._tick()
+                if self._busy:
+                    wait(self._busy, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+                else:
+                    time.sleep(_TICK_S)
+        except (ShardError, UsageError) as error:
+            reason = str(error)
+        except OSError as error:
+            reason = (
+                f"{unwritable(error.filename or self.path, error)} The cache of remote shards is "
+                "there: use a smaller --cache-size, or another --cache-dir."
+            )
+        else:
+            return 0
+        write_atomically(self.path / "failed", reason.encode())
+        return GAVE_UP
+
+    def _tick(self) -> None:
+        if self._has_changed("objects.json"):
+            self._load_objects()
+        if self._has_changed("plan.npy"):
+            self._load_plan()
+        for future in [future for future in self._busy if future.done()]:
+            number, _ = self._busy.pop(future)
+            future.result()
+            self._present[number] = occupied(self._objects[number].path)
+            self._num_published += 1
+        wanted = self._wanted()
+        for number in wanted & self._present.keys():
+            self._since[number] = time.monotonic()
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / "wanted" / self._objects[number].token).unlink()
+        times = self._times()
+        busy = {number for number, _ in self._busy.values()}
+        missing = [n for n in wanted if n not in busy and n not in self._present]
+        for number in missing:
+            self._begin(number, times, before=-1)
+        if self._next_uses is not None and not missing:
+            # Looking costs 0.1 ms per 1,000 objects: only when something may be begun.
+            looked = self._now, self._num_published, len(self._busy), time.monotonic() // _RETRY_S
+            if looked != self._looked:
+                self._looked = looked
+                self._fetch_ahead(times, busy)
+        self._write_counts()
+
+    def _fetch_ahead(self, times: list[int], busy: set[int]) -> None:
+        """Begin what is needed next, as long as what would go for it is needed later."""
+        for number in self._by_next_use(times):
+            if len(self._busy) >= NUM_TRANSFERS:
+                return
+            if number in busy or number in self._present:
+                continue
+            if not self._begin(number, times, before=times[number]):
+                return
+
+    def _begin(self, number: int, times: list[int], *, before: int) -> bool:
+        """Begin to fetch an object, if what is needed later than `before` makes room for it."""
+        if len(self._busy) >= NUM_TRANSFERS:
+            return False
+        found = self._objects[number]
+        needed = (-(-found.num_bytes // _BLOCK) + 1) * _BLOCK
+        room = self.cache_bytes - self._other_bytes - sum(self._present.values())
+        room -= sum(size for _, size in self._busy.values())
+        now = time.monotonic()
+        going = [
+            n
+            for n in self._present
+            if times[n] > before and now - self._since.get(n, -_GRACE_S) >= _GRACE_S
+        ]
+        # Of those that are never needed again, the one that has been here longest.
+        going.sort(key=lambda n: (-times[n], self._since.get(n, 0.0)))
+        if room + sum(self._present[n] for n in going) < needed:
+            return False
+        for victim in going:
+            if room >= needed:
+                break
+            room += self._evict(victim)
+        if room < needed:
+            return False
+        self._busy[self._pool.submit(self._fetch, found)] = number, needed
+        return True
+
+    def _fetch(self, found: Object) -> None:
+        """Bring an object, and give it its name when it is what the manifest says."""
+        store = self._store()
+        part = f"{found.path}.part"
+        try:
+            store.fetch(found.url, part, Expected(found.num_bytes, found.sha256))
+            os.rename(part, found.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+        finally:
+            self._stores.append(store)
+
+    def _store(self) -> Store:
+        with contextlib.suppress(IndexError):
+            return self._stores.pop()
+        self._counts.append(Counts())
+        return Store.of(self.timeout_s, self._counts[-1])
+
+    def _evict(self, number: int) -> int:
+        """Delete an object that nobody reads; gives the bytes that are free now."""
+        path = self._objects[number].path
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+            except BlockingIOError:
+                return 0
+            finally:
+                os.close(file)
+        self._num_evicted += 1
+        self._since.pop(number, None)
+        return self._present.pop(number)
+
+    def _load_objects(self) -> None:
+        """Take over the list of objects; other shards in the cache's folders are deleted."""
+        content = json.loads((self.path / "objects.json").read_bytes())
+        is_first = not self._objects
+        self._objects = [Object(*fields) for fields in content]
+        self._by_token = {found.token: n for n, found in enumerate(self._objects)}
+        number_at = {found.path: n for n, found in enumerate(self._objects)}
+        busy = {f"{self._objects[n].path}.part" for n, _ in self._busy.values()}
+        for folder in (entry.path for entry in os.scandir(self.path) if entry.is_dir()):
+            if origin_of(folder) is None:
+                continue
+            for path in (entry.path for entry in os.scandir(folder)):
+                number = number_at.get(path)
+                if number is not None:
+                    self._present.setdefault(number, occupied(path))
+                elif path not in busy and path.endswith((".tar", ".part")):
+                    os.unlink(path)  # of other shards, or of a fetcher that died
+        self._measure()
+        self._stamps.pop("plan.npy", None)  # it is laid over these objects
+        if is_first:
+            self._shrink()
+
+    def _measure(self) -> None:
+        """Count what is no shard: manifests, indexes, the plan, and what comes and goes."""
+        paths = [os.path.join(top, n) for top, _, names in os.walk(self.path) for n in ["", *names]]
+        rest = (path for path in paths if not path.endswith((".tar", ".part")))
+        self._other_bytes = MARGIN + sum(map(occupied, rest))
+
+    def _shrink(self) -> None:
+        """Evict what an earlier run with a larger cache has left."""
+        times = self._times()
+        for number in sorted(self._present, key=lambda n: -times[n]):
+            if self._other_bytes + sum(self._present.values()) <= self.cache_bytes:
+                return
+            self._evict(number)
+
+    def _load_plan(self) -> None:
+        import numpy as np  # without a plan, none of it is needed
+
+        from wds_convnext.storage.schedule import NextUses, Plan
+
+        object, first, last = np.load(self.path / "plan.npy", allow_pickle=False)
+        self._next_uses = NextUses(Plan(object, first, last), len(self._objects))
+        self._now = -1
+        self._measure()
+
+    def _times(self) -> list[int]:
+        """When each object is needed next; without a plan, never."""
+        if self._next_uses is None:
+            return [sys.maxsize] * len(self._objects)
+        try:
+            clock = (self.path / "clock").read_bytes()
+            now = min(struct.unpack(f"<{len(clock) // 8}q", clock))
+        except (OSError, ValueError, struct.error):
+            now = 0
+        if now > self._now:  # a rank that was started again may be behind what has gone
+            self._now = now
+            times = self._next_uses.at(now)
+            self._at, self._order = times.tolist(), times.argsort(kind="stable").tolist()
+        return self._at
+
+    def _by_next_use(self, times: list[int]) -> list[int]:
+        return [number for number in self._order if times[number] < sys.maxsize]
+
+    def _wanted(self) -> set[int]:
+        with contextlib.suppress(FileNotFoundError):
+            tokens = os.listdir(self.path / "wanted")
+            return {self._by_token[token] for token in tokens if token in self._by_token}
+        return set()
+
+    def _has_changed(self, name: str) -> bool:
+        try:
+            facts = os.stat(self.path / name)
+        except FileNotFoundError:
+            return False
+        stamp = facts.st_ino, facts.st_mtime_ns
+        has_changed = self._stamps.get(name) != stamp
+        self._stamps[name] = stamp
+        return has_changed
+
+    def _write_counts(self) -> None:
+        sums = [
+            sum(counts.num_bytes for counts in self._counts),
+            sum(counts.num_requests for counts in self._counts),
+            sum(counts.num_retries for counts in self._counts),
+            self._num_published,
+            self._num_evicted,
+        ]
+        with open(self.path / "counts", "r+b", buffering=0) as file:
+            file.write(COUNTS.pack(*(now + then for now, then in zip(sums, self._before))))
+
+
+def main() -> None:
+    """Serve, as the arguments PATH OWNER BYTES SECONDS say."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)  # it ends with its owner, which may have to save
+    path, owner, cache_bytes, timeout_s = sys.argv[1:]
+    serving = os.open(Path(path) / "serving", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(serving, fcntl.LOCK_EX)  # until this process is gone, whatever ends it
+    fetcher = Fetcher(Path(path), cache_bytes=int(cache_bytes), timeout_s=float(timeout_s))
+    code = fetcher.run(int(owner))
+    os._exit(code)  # transfers under way are not waited for
+
+
+if __name__ == "__main__":
+    main()
