@@ -29,8 +29,10 @@ from wds_convnext.config.fields import (
     refusal,
     value_type,
 )
+from wds_convnext.config.remote import REMOTE
 from wds_convnext.door import read_bounded
 from wds_convnext.errors import UsageError, did_you_mean, listing, printable
+from wds_convnext.urls import redacted
 
 _MAX_TOML = 1 << 20  # bytes
 # TOML layers, weakest first.
@@ -155,8 +157,11 @@ class GroupedCommand(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):  # the text has the rest
                 groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
-        groups["Other"] = groups.pop("Other", [])  # last
+        for last in (REMOTE, "Other"):
+            groups[last] = groups.pop(last, [])
         for group, records in groups.items():
+            if not records:
+                continue
             with formatter.section(group):
                 formatter.write_dl(records)
 
@@ -192,7 +197,7 @@ def check_environment(ctx: click.Context) -> None:
         if name.startswith(f"{root.auto_envvar_prefix}_") and name not in known:
             raise UsageError(f"{name}: no option has this variable.{did_you_mean(name, known)}")
     used = [
-        f"{_variable(ctx, parameter)}={os.environ[_variable(ctx, parameter)]}"
+        f"{_variable(ctx, parameter)}={redacted(os.environ[_variable(ctx, parameter)])}"
         for parameter in ctx.command.get_params(ctx)
         if ctx.get_parameter_source(parameter.name) is ParameterSource.ENVIRONMENT
     ]

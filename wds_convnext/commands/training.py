@@ -24,6 +24,7 @@ from wds_convnext.options import (
     warn,
 )
 from wds_convnext.progress import fit_terminal, say
+from wds_convnext.urls import names_remote, redacted
 
 
 def add_train_options(config_class: type[TrainConfig]) -> Callable[[Command], Command]:
@@ -93,9 +94,15 @@ def _say_what_is_read(config: TrainConfig) -> None:
     Raises:
         WdsConvnextError: if shards or files that options name are not there.
     """
-    from wds_convnext.shards.expand import expand_spec
+    from wds_convnext.shards.expand import expand_spec, local_path
 
-    paths = expand_spec(config.require_shards())
+    specs = [config.require_shards(), *([config.val_shards] if config.val_shards else [])]
+    if any(map(names_remote, specs)):
+        for part in (part for spec in specs for part in spec.split(",")):
+            local_path(part.strip())  # refuses credentials; the rest needs the cache of the run
+        click.echo(f"Training on {redacted(config.require_shards())}. Importing torch …")
+        return
+    paths = expand_spec(specs[0])
     if config.val_shards:
         expand_spec(config.val_shards, use="validation")
     if config.init_from and not config.resume and not os.path.isfile(config.init_from):
@@ -187,7 +194,7 @@ def evaluate(checkpoints: tuple[str, ...], **options: Any) -> None:
 
     # Looked for before torch is imported, which takes seconds.
     named = [str(best_checkpoint(name)) for name in checkpoints or [config.checkpoint]]
-    if config.shards:
+    if config.shards and not names_remote(config.shards):
         expand_spec(config.shards, use="validation")
     if sys.stderr.isatty():
         warn(f"Evaluating {listing(named)}. Importing torch …")

@@ -10,15 +10,15 @@ from wds_convnext.config.fields import (
     FRACTION,
     IMAGE_SIZE,
     WORKERS,
-    Config,
     FiniteRange,
     option,
 )
+from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import UsageError
 
 
 @dataclass(frozen=True)
-class EvalConfig(Config):
+class EvalConfig(RemoteConfig):
     """What `wds-convnext eval` measures."""
 
     checkpoint: str | None = option(
@@ -76,7 +76,7 @@ class EvalConfig(Config):
 
 
 @dataclass(frozen=True)
-class ExplainConfig(Config):
+class ExplainConfig(RemoteConfig):
     """What `wds-convnext explain` is asked."""
 
     step: int | None = option(

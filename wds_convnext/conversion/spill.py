@@ -8,14 +8,14 @@ disk is written in long runs and read in runs, and memory holds one group at a t
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 
 import numpy as np
 import xxhash
 
 from wds_convnext.conversion.records import left_as
 from wds_convnext.errors import ShardError
-from wds_convnext.files import read_at, replacing, write_atomically
+from wds_convnext.files import create, read_at, write_atomically
 
 _GROUP_BYTES = 8 << 20  # images held in memory until they are grouped by shard
 _INDEX_DTYPE = np.dtype(
@@ -32,15 +32,13 @@ _INDEX_DTYPE = np.dtype(
 )
 
 
-class SpillWriter(ExitStack):
+class SpillWriter(AbstractContextManager):
     """Writes a spill file `path` and its index `path.npy`, sorted by shard and place.
 
-    `files` says in the end what was left, as in `records`. The file has a name of its own until
-    then, as in `tarwriter`.
+    `files` says in the end what was left, as in `records`.
     """
 
     def __init__(self, path: str):
-        super().__init__()
         self.path = path
         self._images: list[bytes | memoryview] = []
         self._pending: list[tuple] = []
@@ -48,8 +46,7 @@ class SpillWriter(ExitStack):
         self._offset = 0
         self._indexes: list[np.ndarray] = []
         self._digest = xxhash.xxh3_64()
-        self._file = self.enter_context(replacing(path, buffering=1 << 20))
-        self.push(self._finish)
+        self._file = create(path, buffering=1 << 20)
 
     def write(
         self,
@@ -83,10 +80,13 @@ class SpillWriter(ExitStack):
         self._pending.clear()
         self._pending_bytes = 0
 
-    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            return
-        self._flush()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            self._flush()
+            self._file.flush()
+            os.fsync(self._file.fileno())
         index = np.concatenate(self._indexes)
         content = io.BytesIO()
         np.save(content, index[np.lexsort((index["place"], index["shard"]))])

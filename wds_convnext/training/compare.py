@@ -17,6 +17,7 @@ from wds_convnext.training.distributed import Machine, join_world, leave_world
 from wds_convnext.training.evaluate import open_evaluation
 from wds_convnext.training.feed import loading
 from wds_convnext.training.model import check_image_size
+from wds_convnext.training.remote import first_on_each_node, follow_evaluation, node_cache
 from wds_convnext.training.scores import EvalResult, Score
 from wds_convnext.training.stored import StoredModel, open_model
 
@@ -52,9 +53,14 @@ def evaluate_checkpoints(named: Sequence[str | None], config: EvalConfig) -> lis
         spec = config.shards or models[0].val_shards
         if spec is None:
             raise UsageError(f"{models[0].path}: names no validation shards. Give --shards.")
-        dataset = open_dataset(spec, use="validation", jobs=num_cores(), quiet=False)
-        splits = [with_classes(dataset, m.class_names, of=str(m.path)) for m in models]
-        return [_evaluate_one(*pair, config, machine) for pair in zip(models, splits)]
+        with node_cache(config, [spec], world):
+            dataset = first_on_each_node(
+                lambda: open_dataset(spec, use="validation", jobs=num_cores(), quiet=False),
+                [spec],
+                world,
+            )
+            splits = [with_classes(dataset, m.class_names, of=str(m.path)) for m in models]
+            return [_evaluate_one(*pair, config, machine) for pair in zip(models, splits)]
     finally:
         leave_world(world)
 
@@ -92,5 +98,6 @@ def _evaluate_one(
         decoder=config.decoder,
     )
     forward = FlipMean(model) if config.tta == "flip" else model
-    with loading(evaluation.stream, config.workers, machine) as batches:
+    pace = follow_evaluation(dataset, config.batch_size, machine.world)
+    with loading(evaluation.stream, config.workers, machine, pace=pace) as batches:
         return Score(evaluation.run(forward, batches), about)

@@ -5,10 +5,12 @@ from contextlib import closing, contextmanager
 
 import torch
 
+from wds_convnext.storage.layout import checking_while_waiting
 from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.stream import Batch, ShardStream, Stream
 from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.distributed import Machine
+from wds_convnext.training.remote import Pace
 from wds_convnext.training.stopping import StopVote
 
 
@@ -19,23 +21,33 @@ def loading(
     machine: Machine,
     *,
     vote: StopVote | None = None,
+    pace: Pace | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """A stream's batches on the device; the workers end with the context.
 
     Args:
         vote: what ends the batches, and a wait for one, when the run is to stop.
+        pace: what is told how far this rank is, where shards are remote.
     """
     workers = num_workers(workers, ranks=machine.world.local_size)
     if isinstance(stream, ShardStream) and stream.stop is not None:
         workers = min(workers, stream.stop)
+
+    def while_waiting() -> None:
+        if vote:
+            vote.request.check()
+        if pace:
+            pace.wait()
+
     batches = make_loader(
         stream,
         workers=workers,
         pin_memory=machine.device.type == "cuda",
-        while_waiting=vote.request.check if vote else lambda: None,
+        while_waiting=while_waiting,
     )
-    with closing(batches):
-        on_device = prefetch_to_device(batches, machine.device)
+    with closing(batches), checking_while_waiting(while_waiting):
+        paced = pace.over(batches) if pace else batches
+        on_device = prefetch_to_device(paced, machine.device)
         yield vote.agreed(on_device) if vote else on_device
 
 

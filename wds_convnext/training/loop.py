@@ -14,6 +14,7 @@ from wds_convnext.training.batchsheet import BatchSheet, captions
 from wds_convnext.training.evaluate import Evaluation
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
+from wds_convnext.training.remote import fetched
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.state import Interval
 from wds_convnext.training.step import augment_on_device, eager_loss, train_step
@@ -186,7 +187,7 @@ def _log_interval(
     log.interval(
         state.step,
         values,
-        readings=run.gauges.read(images_per_s),
+        readings=run.gauges.read(images_per_s) | fetched(),
         epoch=epoch,
         num_steps=order.num_steps(epoch + 1),
         seconds_left=(run.schedule.last_step - state.step) * seconds / interval.num_steps,

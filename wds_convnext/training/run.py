@@ -33,6 +33,7 @@ from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.fitting import check_ranks, check_resumable, fit_to_checkpoint
 from wds_convnext.training.monitor import Gauges, build_gauges
 from wds_convnext.training.pretrained import absolute_source
+from wds_convnext.training.remote import first_on_each_node
 from wds_convnext.training.sampling import build_weighting, describe, with_absolute_weights
 from wds_convnext.training.schedule import lr_schedule, schedule_notes, validation_schedule
 from wds_convnext.training.state import TrainState, build_state
@@ -143,8 +144,11 @@ def open_run(
     if then:
         config = fit_to_checkpoint(config, then, machine.world, stated=stated_batch)
     num_workers(config.workers, ranks=machine.world.local_size)  # refuses too many
-    train_data, val_data, val_spec = open_splits(
-        config.require_shards(), config.val_shards, jobs=num_cores(), quiet=False
+    shards = config.require_shards()
+    train_data, val_data, val_spec = first_on_each_node(
+        lambda: open_splits(shards, config.val_shards, jobs=num_cores(), quiet=False),
+        [shards, config.val_shards],
+        machine.world,
     )
     if config.check_shards:
         _check_sha256(train_data, val_data)
@@ -253,6 +257,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         val_shards=config.val_shards and absolute_spec(config.val_shards),
         init_from=config.init_from and os.path.abspath(config.init_from),
         pretrained=config.pretrained and absolute_source(config.pretrained),
+        cache_dir=config.cache_dir and os.path.abspath(config.cache_dir),
     )
 
 
@@ -299,11 +304,12 @@ def _facts(
 def _check_sha256(*datasets: Dataset | None) -> None:
     for dataset in filter(None, datasets):
         for shard in track(dataset.shards, f"Checking {dataset.split}", unit="shards"):
-            check_sha256(shard)
+            if not shard.is_remote:  # it is, whenever it is fetched
+                check_sha256(shard)
 
 
 def _without_checksums(dataset: Dataset) -> str:
-    folder = os.path.dirname(dataset.shards[0].path) or "."
+    folder = os.path.dirname(dataset.shards[0].where) or "."
     return (
         f"The {dataset.split} split has no checksums, so flipped bits in it go unseen; "
         f"add them once: wds-convnext index {folder}"

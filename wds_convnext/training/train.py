@@ -29,6 +29,7 @@ from wds_convnext.training.feed import loading
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
 from wds_convnext.training.pretrained import with_pretrained
+from wds_convnext.training.remote import Pace, follow_run, node_cache
 from wds_convnext.training.run import Run, open_run
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.runs import RUNS
@@ -57,7 +58,10 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
     try:
         config = with_pretrained(config)
         machine = Machine.of(world, device, amp=config.amp, compile=config.compile)
-        with claim(config, world, warn=warn) as rundir:
+        with (
+            claim(config, world, warn=warn) as rundir,
+            node_cache(config, [config.shards, config.val_shards], world),
+        ):
             return _train(config, machine, rundir)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -83,7 +87,8 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
     run, notes = open_run(
         config, machine, checkpoint=checkpoint, stated_batch=stated_batch, warn=warn
     )
-    notes += rundir.prepare(run)
+    cache_notes, pace, last_pace = follow_run(run, is_fresh=not rundir.resumed)
+    notes += cache_notes + rundir.prepare(run)
     if rundir.resumed:
         step = run.state.step
         notes += [f"Resumed at step {step}. Read {rundir.resumed}; goes on in {rundir.path}."]
@@ -100,7 +105,7 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
         vote = StopVote(request, machine.world)
         with (
             rundir.status(run) as status,
-            loading(run.stream(), config.workers, machine, vote=vote) as batches,
+            loading(run.stream(), config.workers, machine, vote=vote, pace=pace) as batches,
             closing(
                 RunLog(rundir.path, start_step=run.state.step, quiet=not machine.world.is_main)
             ) as log,
@@ -110,7 +115,7 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
             status.reason = "finished" if has_finished else request.reason
         try:
             if has_finished and run.validation:
-                _evaluate_best(run, run.validation, rundir, vote=vote, say=say)
+                _evaluate_best(run, run.validation, rundir, vote=vote, pace=last_pace, say=say)
         except Stopped:
             has_finished = False
     if not has_finished:
@@ -145,7 +150,13 @@ def _next_commands(run: Run, rundir: RunDir) -> list[str]:
 
 
 def _evaluate_best(
-    run: Run, validation: Evaluation, rundir: RunDir, *, vote: StopVote, say: Callable[[str], None]
+    run: Run,
+    validation: Evaluation,
+    rundir: RunDir,
+    *,
+    vote: StopVote,
+    pace: Pace | None,
+    say: Callable[[str], None],
 ) -> None:
     """Evaluate the best of the run's weights as they were chosen, and say how good they are."""
     facts = _load_best(run, rundir.path / "best.pt", say=say)
@@ -162,7 +173,9 @@ def _evaluate_best(
     average = None if facts else run.state.average
     with (
         average.applied() if average else nullcontext(),
-        loading(evaluation.stream, run.config.workers, run.machine, vote=vote) as batches,
+        loading(
+            evaluation.stream, run.config.workers, run.machine, vote=vote, pace=pace
+        ) as batches,
     ):
         result = evaluation.run(run.recipe.forward, batches)
     low, high = result.top1_interval

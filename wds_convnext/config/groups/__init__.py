@@ -1,1 +1,0 @@
-"""The options of a training run, a dataclass for each group of its help."""
