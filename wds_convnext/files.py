@@ -18,7 +18,7 @@ def write_atomically(path: str | os.PathLike, content: bytes | bytearray | Itera
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike, *, buffering: int = -1) -> Iterator[BinaryIO]:
     """Give a temporary file, open for writing, that replaces `path` when the context ends.
 
     An error within the context removes the temporary file and leaves `path` as it was. A kill
@@ -26,7 +26,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", buffering=buffering) as file:
             yield file
             # First the content, then the name: a power cut must not leave an empty file.
             file.flush()
@@ -37,13 +37,6 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     sync_folder(path)
-
-
-def create(path: str | os.PathLike, *, buffering: int = -1) -> BinaryIO:
-    """Open a new file for writing in place of what has its name; a link is not followed."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    return open(path, "xb", buffering=buffering)
 
 
 def read_at(file: int, num_bytes: int, offset: int) -> bytes:

@@ -67,10 +67,7 @@ def join(folder: str, name: str) -> str:
 
 
 def refuse_remote(texts: Iterable[str], *, what: str) -> None:
-    """Raise UsageError if one of these is a URL, where something would be written to a store."""
+    """Raise UsageError if one of these is a URL, where that is not possible: `what` says why."""
     for text in texts:
         if is_remote(text):
-            raise UsageError(
-                f"{redacted(text)}: {what} writes next to the shards, and nothing is written to "
-                "remote stores. Do it with a local copy, and upload what it writes."
-            )
+            raise UsageError(f"{redacted(text)}: {what}. Do it with a local copy.")

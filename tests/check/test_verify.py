@@ -36,7 +36,7 @@ def sealed(tmp_path_factory) -> Path:
 
 def reseal(manifest_path: Path) -> None:
     """Make manifest and sidecars fit the shards as they are now, as a faulty tool would."""
-    from wds_convnext.check.index import index_shard
+    from wds_convnext.check.indexshard import index_shard
 
     manifest = read_manifest(manifest_path)
     shards = []

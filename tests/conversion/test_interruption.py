@@ -107,7 +107,7 @@ def test_finished_shards_are_not_written_again(tmp_path):
     source, out = str(tmp_path / "in"), tmp_path / "out"
     options = {"num_shards": 4, "shuffle": False}
     limit_file_size(30_000, lambda: convert(source, out, **options))
-    finished = {os.stat(path.with_suffix("")).st_ino for path in out.rglob("*.tar.part.done")}
+    finished = {os.stat(path.with_suffix("")).st_ino for path in out.rglob("*.tar.*.part.done")}
 
     convert(source, out, **options)
 

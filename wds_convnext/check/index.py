@@ -1,38 +1,34 @@
 """Manifest, sidecars and index for shards that others made, so that training starts and checks."""
 
 import contextlib
-import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import numpy as np
-
+from wds_convnext.check.indexshard import IndexedShard, index_shard
 from wds_convnext.check.splits import (
     ShardSplit,
     find_duplicate_keys,
     find_shard_splits,
-    hash_keys,
 )
 from wds_convnext.config import IndexConfig
 from wds_convnext.door import parse_json, read_bounded
-from wds_convnext.errors import DataError, ShardError, UsageError, WdsConvnextError, listing
+from wds_convnext.engine import open_engine, shared_path
+from wds_convnext.errors import ShardError, UsageError, WdsConvnextError, listing
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
-from wds_convnext.shards.decode import decode_rgb
-from wds_convnext.shards.index import DECODED, JSON_LABEL, index_content
+from wds_convnext.shards.index import index_content
 from wds_convnext.shards.naming import is_held_out
-from wds_convnext.shards.scan import scan_shard
-from wds_convnext.shards.sidecar import differing_line, format_sidecar, sidecar_path
+from wds_convnext.shards.sidecar import sidecar_path
 from wds_convnext.shards.spec import Shard, index_path, total_bytes
-from wds_convnext.shards.tar import Member, read_tar
 from wds_convnext.urls import refuse_remote
 
 
@@ -82,21 +78,13 @@ class IndexReport:
         }
 
 
-@dataclass(frozen=True)
-class IndexedShard:
-    """What the manifest needs to know of a shard."""
-
-    shard: Shard
-    key_hashes: np.ndarray
-    highest_label: int
-    label_extension: str
-    records: bytes
-    unused: Counter
-    damaged: list[str]
-
-
 def index(
-    spec: str, config: IndexConfig | None = None, *, quiet: bool = False, **options: Any
+    spec: str,
+    config: IndexConfig | None = None,
+    *,
+    executor: Executor | None = None,
+    quiet: bool = False,
+    **options: Any,
 ) -> IndexReport:
     """Write a sidecar for each shard, and an index and a manifest for each split that a spec names.
 
@@ -105,6 +93,7 @@ def index(
     Args:
         spec: as for training; a folder stands for all splits in it.
         config: where labels and class names stand.
+        executor: runs the work in place of processes of this machine.
         options: fields of `IndexConfig` by name: `label_field="class", class_names="names.txt"`.
             By default there is a process per CPU core, so that a script has to call this under
             `if __name__ == "__main__":`, or with `jobs=1`.
@@ -116,10 +105,11 @@ def index(
     """
     started = time.monotonic()
     config = IndexConfig.of(config, options)
-    refuse_remote(spec.split(","), what="index")
+    refuse_remote(spec.split(","), what="index writes next to the shards, but not to stores")
     label_field = config.label_field
     class_names = read_class_names(config.class_names) if config.class_names else None
-    splits = find_shard_splits(spec)
+    is_shared = config.engine is not None or executor is not None
+    splits = find_shard_splits(shared_path(spec, is_shared=is_shared))
     for split in splits:
         if split.manifest_error:
             raise split.manifest_error
@@ -141,7 +131,10 @@ def index(
                 f"{f' ({extra[0]})' if extra else ''}. Name the manifest, or move it away."
             )
     with _leaving_nothing(splits):
-        with Workers(config.jobs) as workers:
+        with (
+            open_engine(config.engine, executor) as engine,
+            Workers(config.jobs, executor=engine) as workers,
+        ):
             decode = config.check == "decode"
             indexed = [_index_split(s, label_field, decode, workers, quiet) for s in splits]
         names = _name_classes([shard for shards in indexed for shard in shards], class_names)
@@ -274,57 +267,3 @@ def _make_manifest(
         class_names=class_names,
         options={"label_field": label_field} if uses_json else {},
     )
-
-
-def index_shard(task: tuple[str, str, bool], count: Callable[[int, int], None]) -> IndexedShard:
-    """Check a shard (path, label field, whether to decode its images), and write its sidecar."""
-    path, label_field, decode = task
-    members, skipped = read_tar(path)
-    records, highest, extension, damaged = bytearray(), -1, "cls", []
-    unused = Counter(_short_name(name) for name in skipped)
-    for sample in scan_shard(path, members, label_field=label_field, images=True):
-        if sample.error is not None:
-            raise sample.error
-        record = sample.record
-        if decode:
-            try:
-                decode_rgb(sample.image)
-                record = record._replace(flags=record.flags | DECODED)
-            except DataError as error:
-                damaged.append(f"{path}, key {sample.key}: {error}")
-        records += record.pack()
-        highest = max(highest, sample.label)
-        extension = "json" if sample.record.flags & JSON_LABEL else "cls"
-        unused.update(f".{other}" for other in sample.unused)
-    _write_sidecar(path, members)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    num_bytes = os.path.getsize(path)
-    count(len(members), num_bytes)
-    shard = Shard(path, len(members), num_bytes, sha256)
-    hashes = hash_keys(members)
-    return IndexedShard(shard, hashes, highest, extension, bytes(records), unused, damaged)
-
-
-def _short_name(name: str) -> str:
-    """A file's name in a report; those that macOS writes next to every file are one kind."""
-    base = os.path.basename(name)
-    return "._*" if base.startswith("._") else base
-
-
-def _write_sidecar(path: str, samples: list[list[Member]]) -> None:
-    sidecar = sidecar_path(path)
-    if not os.path.exists(sidecar):
-        write_atomically(sidecar, format_sidecar(samples))
-        return
-    try:
-        line = differing_line(sidecar, samples)
-    except (ValueError, OSError) as error:
-        raise ShardError(
-            f"{sidecar}: not readable ({getattr(error, 'strerror', None) or error}). Move it away."
-        ) from None
-    if line is not None:
-        raise ShardError(
-            f"{sidecar}: says otherwise than a walk of the tar (line {line}). Move it away; it is "
-            "then written."
-        )

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,14 @@ from wds_convnext.check.splits import (
 from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.opening import find_openers
 from wds_convnext.conversion.source import SourceSplit
+from wds_convnext.engine import open_engine, shared_path
 from wds_convnext.errors import printable
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
 from wds_convnext.shards.scan import MAX_CLASSES
 from wds_convnext.shards.spec import Shard, index_path
 from wds_convnext.storage.cache import caching
+from wds_convnext.urls import refuse_remote
 
 _MAX_SHOWN = 10  # problems of a split, as text
 
@@ -86,6 +89,7 @@ def verify(
     config: VerifyConfig | None = None,
     *,
     source: SourceSplit | Iterable[SourceSplit] | None = None,
+    executor: Executor | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> VerifyReport:
@@ -99,6 +103,7 @@ def verify(
         spec: as for training; a folder stands for all splits in it.
         config: what to compare.
         source: a source of one's own, as it was given to `convert`, in place of `against`.
+        executor: runs the work in place of processes of this machine.
         options: fields of `VerifyConfig` by name: `deep=True, against="pictures"`.
             By default there is a process per CPU core, so that a script has to call this under
             `if __name__ == "__main__":`, or with `jobs=1`.
@@ -109,7 +114,7 @@ def verify(
     started = time.monotonic()
     config = VerifyConfig.of(config, options)
     with caching(config):
-        verdicts = _verify(spec, config, source, quiet=quiet)
+        verdicts = _verify(spec, config, source, executor, quiet=quiet)
     return VerifyReport(tuple(verdicts), time.monotonic() - started)
 
 
@@ -117,16 +122,24 @@ def _verify(
     spec: str,
     config: VerifyConfig,
     source: SourceSplit | Iterable[SourceSplit] | None,
+    executor: Executor | None,
     *,
     quiet: bool,
 ) -> list[SplitVerdict]:
-    against = "the source" if source is not None else config.against
-    splits = find_shard_splits(spec)
+    is_shared = config.engine is not None or executor is not None
+    if is_shared:
+        refuse_remote([spec], what="an engine's machines have no cache of remote shards")
+    against = config.against and shared_path(config.against, is_shared=is_shared)
+    against = "the source" if source is not None else against
+    splits = find_shard_splits(shared_path(spec, is_shared=is_shared))
     openers = {}
     if against:
         with Progress("list", unit="files", quiet=quiet) as progress:
             openers = find_openers(against if source is None else source, progress.add).openers
-    with Workers(config.jobs) as workers:
+    with (
+        open_engine(config.engine, executor) as engine,
+        Workers(config.jobs, executor=engine) as workers,
+    ):
         inputs = {}
         if against:
             inputs = open_inputs(against, openers, splits, workers=workers, quiet=quiet)

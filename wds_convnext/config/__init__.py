@@ -9,11 +9,10 @@ from wds_convnext.config.data import (
     VerifyConfig,
 )
 from wds_convnext.config.fields import ByteSize, Config, option
+from wds_convnext.config.groups.optimization import REFERENCE_BATCH_SIZE, REFERENCE_LR
 from wds_convnext.config.models import ExportConfig, PredictConfig, ReportConfig
 from wds_convnext.config.runs import EvalConfig, ExplainConfig
 from wds_convnext.config.training import (
-    REFERENCE_BATCH_SIZE,
-    REFERENCE_LR,
     WARMUP_EPOCHS,
     DoctorConfig,
     TrainConfig,

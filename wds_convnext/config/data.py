@@ -1,6 +1,7 @@
 """The options of the commands about shards: make, verify, describe, index and time them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import click
 
@@ -18,11 +19,25 @@ from wds_convnext.config.fields import (
     ByteSize,
     Config,
     FiniteRange,
+    PartOf,
     flag_of,
     option,
 )
 from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import UsageError
+
+ENGINE: Any = option(
+    None,
+    "Run the work on a cluster instead: dask://HOST:PORT, a Dask scheduler. Its workers see the "
+    "same folders.",
+    group="Machine",
+)
+
+
+def refuse_jobs_of_engine(config: Any) -> None:
+    """Raise UsageError if both the processes of this machine and a cluster are asked for."""
+    if config.jobs is not None and config.engine is not None:
+        raise UsageError("--jobs and --engine exclude each other: the cluster has its own workers.")
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,17 @@ class ShardsConfig(Config):
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
+    engine: str | None = ENGINE
+    part: str | None = option(
+        None,
+        "Do one of several parts, each on its own machine, all with the same folder for --out: "
+        "3/16, as in a job array. Then --finish.",
+        group="Machine",
+        type=PartOf(),
+    )
+    finish: bool = option(
+        False, "Publish what all parts have done, or say what is missing.", group="Machine"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +145,14 @@ class ShardsConfig(Config):
         given = [flag_of(name) for name in sizes if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other. Give one.")
+        refuse_jobs_of_engine(self)
+        if self.part and self.finish:
+            raise UsageError("--part and --finish exclude each other. Give --finish in the end.")
+        if (self.part or self.finish) and (self.val_fraction or self.test_fraction):
+            raise UsageError(
+                "--part with --val-fraction or --test-fraction: each part would read all images "
+                "to choose the rows. Use --engine, or divide on one machine."
+            )
         if (self.val_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise UsageError(
                 f"--val-fraction {self.val_fraction} and --test-fraction {self.test_fraction}: "
@@ -141,6 +175,11 @@ class VerifyConfig(RemoteConfig):
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
+    engine: str | None = ENGINE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_jobs_of_engine(self)
 
 
 @dataclass(frozen=True)
@@ -186,6 +225,11 @@ class IndexConfig(Config):
     jobs: int | None = option(
         None, "Processes. Default: one per CPU core.", group="Machine", type=COUNT
     )
+    engine: str | None = ENGINE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_jobs_of_engine(self)
 
 
 @dataclass(frozen=True)

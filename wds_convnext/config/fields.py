@@ -96,6 +96,19 @@ class ByteSize(click.ParamType):
         return num_bytes
 
 
+class PartOf(click.ParamType):
+    """One of some equal parts, as 3/16; the first is 1."""
+
+    name = "k/n"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value, re.ASCII)
+        number, of = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= of:
+            self.fail(f"{value!r} is no part; write e.g. 3/16, from 1/16 to 16/16", param, ctx)
+        return f"{number}/{of}"
+
+
 FRACTION = FiniteRange(0, 1)
 SHARE = FiniteRange(0, 1, min_open=True, max_open=True)
 COUNT = click.IntRange(min=1)
@@ -232,6 +245,8 @@ def expectation(spec: Field) -> str:
     kind = value_type(spec)
     if isinstance(kind, ByteSize):
         return "a size, e.g. 500MB"
+    if isinstance(kind, PartOf):
+        return "one of several parts, from 1/16 to 16/16"
     if isinstance(kind, Channels):
         return "three numbers, e.g. 0.5,0.5,0.5"
     if isinstance(kind, AutoAugment):

@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -12,8 +13,10 @@ from wds_convnext.config import ShardsConfig
 from wds_convnext.conversion.conversion import Conversion
 from wds_convnext.conversion.fraction import Fractions, choose_base, divide, with_counts
 from wds_convnext.conversion.opening import find_class_names, find_openers, open_splits
+from wds_convnext.conversion.parts import PartReport
 from wds_convnext.conversion.report import SplitReport
 from wds_convnext.conversion.source import Count, Opener, SourceSplit
+from wds_convnext.engine import open_engine, shared_path
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.files import free_bytes
 from wds_convnext.pool import Workers
@@ -29,7 +32,7 @@ class ConversionReport:
     """
 
     out: str
-    splits: tuple[SplitReport, ...]
+    splits: tuple[SplitReport | PartReport, ...]
     left_out: dict[str, str]
     seconds: float
 
@@ -37,8 +40,12 @@ class ConversionReport:
         lines = [line for split in self.splits for line in split.lines()]
         lines += [f"{name}: left out, {reason}" for name, reason in self.left_out.items()]
         lines.append(f"{self.seconds:.1f} s")
+        whole = [split for split in self.splits if isinstance(split, SplitReport)]
+        if len(whole) < len(self.splits):
+            lines.append("next, when all parts are done: --finish in place of --part")
+            return "\n".join(lines)
         lines.append(f"next: wds-convnext verify {quote(self.out)}")
-        trainable = [split for split in self.splits if not is_held_out(split.split)]
+        trainable = [split for split in whole if not is_held_out(split.split)]
         if trainable:
             first = max(trainable, key=lambda split: split.num_bytes)
             manifest = quote(f"{Path(self.out, first.split)}.json")
@@ -50,6 +57,7 @@ def convert(
     source: str | os.PathLike | SourceSplit | Iterable[SourceSplit],
     config: ShardsConfig | None = None,
     *,
+    executor: Executor | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> ConversionReport:
@@ -59,6 +67,8 @@ def convert(
         source: what SRC is on the command line (`wds-convnext shards --help`); or a source of
             one's own, a split or several, see `source.SourceSplit`.
         config: what to write where, and how.
+        executor: runs the work in place of processes of this machine, on machines that see the
+            same folders. Nothing but values and names of functions is sent.
         options: fields of `ShardsConfig` by name: `out="data", num_shards=4`.
             By default there is a process per CPU core, so that a script has to call this under
             `if __name__ == "__main__":`, or with `jobs=1`.
@@ -70,18 +80,12 @@ def convert(
     config = ShardsConfig.of(config, options)
     out = config.out
     try:
-        splits, left_out, class_names = _opened(source, config, quiet)
-        _refuse_own_input(out, splits)
-        if config.val_fraction or config.test_fraction:
-            splits, left_out = _divided(splits, left_out, class_names, config, quiet)
-        conversions = [Conversion(split, class_names, config, quiet=quiet) for split in splits]
-        todo = [
-            c
-            for c in conversions
-            if not c.staging.is_complete(c.identity, overwrite=config.overwrite)
-        ]
-        _check_space(out, sum(conversion.num_bytes for conversion in todo))
-        reports = [c.run() if c in todo else c.report_complete() for c in conversions]
+        with open_engine(config.engine, executor) as engine:
+            if engine is not None and isinstance(source, str | os.PathLike):
+                source = shared_path(os.fspath(source), is_shared=True)
+            if engine is not None:
+                config = replace(config, out=os.path.abspath(out))
+            reports, left_out = _convert(source, config, engine, quiet)
     except OSError as error:
         where = error.filename or out
         raise WdsConvnextError(
@@ -89,6 +93,25 @@ def convert(
             "fix it and run the same command again: it goes on where it stopped."
         ) from None
     return ConversionReport(out, tuple(reports), left_out, time.monotonic() - started)
+
+
+def _convert(
+    source: Any, config: ShardsConfig, engine: Executor | None, quiet: bool
+) -> tuple[list[SplitReport | PartReport], dict[str, str]]:
+    """The reports on all splits, and why others are left out."""
+    splits, left_out, class_names = _opened(source, config, quiet)
+    _refuse_own_input(config.out, splits)
+    if config.val_fraction or config.test_fraction:
+        with Workers(config.jobs, executor=engine) as workers:
+            splits, left_out = _divided(splits, left_out, class_names, config, workers, quiet)
+    conversions = [
+        Conversion(split, class_names, config, executor=engine, quiet=quiet) for split in splits
+    ]
+    todo = [
+        c for c in conversions if not c.staging.is_complete(c.identity, overwrite=config.overwrite)
+    ]
+    _check_space(config.out, sum(conversion.num_bytes for conversion in todo))
+    return [c.run() if c in todo else c.report_complete() for c in conversions], left_out
 
 
 Opened = tuple[list[SourceSplit], dict[str, str], tuple[str, ...]]
@@ -119,13 +142,13 @@ def _divided(
     left_out: dict[str, str],
     class_names: tuple[str, ...],
     config: ShardsConfig,
+    workers: Workers,
     quiet: bool,
 ) -> tuple[list[SourceSplit], dict[str, str]]:
     """The splits, with validation and test taken from the training split, and those left out."""
     fractions = Fractions(config.val_fraction or 0.0, config.test_fraction or 0.0)
     base = choose_base(splits, fractions)
-    with Workers(config.jobs) as workers:
-        parts = divide(base, fractions, workers=workers, quiet=quiet)
+    parts = divide(base, fractions, workers=workers, quiet=quiet)
     counted: list[SourceSplit] = [with_counts(part, class_names) for part in parts.values()]
     asked = {base.name: 1.0, **vars(fractions)}
     none = f"none of the {base.num_rows:,} rows of {base.name} is in this fraction"

@@ -9,18 +9,16 @@ number of processes or on interruptions. See `staging` for what is on the disk m
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from wds_convnext.config import ShardsConfig
-from wds_convnext.conversion.layout import (
-    TAR_BYTES,
-    shard_edges,
-    unit_edges,
-)
+from wds_convnext.conversion.layout import TAR_BYTES, shard_edges, unit_edges
+from wds_convnext.conversion.parts import Part, PartReport, await_records, finished_records
 from wds_convnext.conversion.passes import (
     NO_LABEL,
     CollectShard,
@@ -59,14 +57,17 @@ class Conversion:
         class_names: tuple[str, ...],
         config: ShardsConfig,
         *,
+        executor: Executor | None = None,
         quiet: bool,
     ):
         self.split = split
         self.class_names = class_names
         self.config = replace(config, shuffle=config.shuffle and not is_held_out(split.name))
+        self.executor = executor
         self.quiet = quiet
+        self.part = Part.parse(config.part) if config.part else None
         self.edges = shard_edges(split, config)
-        self.staging = Staging(config.out, split.name)
+        self.staging = Staging(config.out, split.name, joins=bool(self.part or config.finish))
         self.survey = ImageSurvey()
         self.bad: list[tuple[int, str]] = []
         self.shrunk = Shrunk()
@@ -79,17 +80,23 @@ class Conversion:
         width = max(3, len(str(num_shards - 1)))
         return [f"{self.split.name}-{i:0{width}d}" for i in range(num_shards)]
 
-    def run(self) -> SplitReport:
-        """Write the shards, beginning where an earlier run has stopped."""
+    def run(self) -> SplitReport | PartReport:
+        """Write the shards, or this part's, beginning where an earlier run has stopped."""
         files = [name + extension for name in self.names for extension in (".tar", ".idx")]
         files.append(self.staging.index_name)
         if self.shrink:
             files.append(self.staging.sources_name)
-        if not self.staging.begin(self.identity, files, overwrite=self.config.overwrite):
+        must_be_begun, overwrite = self.config.finish, self.config.overwrite
+        if not self.staging.begin(
+            self.identity, files, overwrite=overwrite, must_be_begun=must_be_begun
+        ):
             return self.report_complete()
+        lock = self.staging.worker_lock()
         try:
-            with Workers(self.config.jobs, on_start=self.staging.worker_lock()) as self.workers:
+            with Workers(self.config.jobs, on_start=lock, executor=self.executor) as self.workers:
                 records = self._shuffled() if self.config.shuffle else self._in_order()
+            if records is None:
+                return PartReport(self.split.name, str(self.config.part))
             shards = tuple(
                 Shard(f"{name}.tar", record["num_samples"], record["num_bytes"], record["sha256"])
                 for name, record in zip(self.names, records)
@@ -162,17 +169,19 @@ class Conversion:
             keys["selection"] = self.split.selection
         return keys
 
-    def _in_order(self) -> list[dict]:
+    def _in_order(self) -> list[dict] | None:
         tasks = [
             CopyRows(self._rows(start, stop), *self._shard_paths(name))
             for name, start, stop in zip(self.names, self.edges, self.edges[1:])
         ]
-        records = self._run("copy", tasks)
+        records = self._run_last("copy", tasks)
+        if records is None:
+            return None
         self._keep_findings(records)
         self._settle_bad()
         return records
 
-    def _shuffled(self) -> list[dict]:
+    def _shuffled(self) -> list[dict] | None:
         edges = unit_edges(self.split)
         for attempt in range(2):
             excluded = frozenset(row for row, _ in self.bad)
@@ -200,7 +209,7 @@ class Conversion:
             CollectShard(tuple(paths), shard, *self._shard_paths(name))
             for shard, name in enumerate(self.names)
         ]
-        return self._run("collect", collecting)
+        return self._run_last("collect", collecting)
 
     def _count_labels(self, units: list[Rows], paths: list[str]) -> np.ndarray:
         tasks = [CountLabels(rows, f"{path}.labels") for rows, path in zip(units, paths)]
@@ -223,9 +232,29 @@ class Conversion:
         return staged(f"{name}.tar"), staged(f"{name}.idx"), staged(f"{name}.records")
 
     def _run(self, title: str, tasks: Sequence[Task]) -> list[dict]:
-        progress = Progress(
-            f"{self.split.name}: {title}", total=self.split.num_rows, quiet=self.quiet
-        )
+        """The records of all tasks of a pass."""
+        title = f"{self.split.name}: {title}"
+        if self.config.finish:
+            return finished_records(tasks, title=title)
+        do = partial(self._do, title, num_steps=len(tasks))
+        if self.part is None:
+            return do(tasks)
+        do(self.part.share(tasks))
+        progress = Progress(f"{title}, all parts", total=len(tasks), unit="steps", quiet=self.quiet)
+        with progress:
+            at_once = self.workers.jobs
+            return await_records(self.part, tasks, do, at_once=at_once, progress=progress)
+
+    def _run_last(self, title: str, tasks: Sequence[Task]) -> list[dict] | None:
+        """As `_run`; None for a part, since after the last pass nothing needs the others'."""
+        if self.part is None:
+            return self._run(title, tasks)
+        self._do(f"{self.split.name}: {title}", self.part.share(tasks), num_steps=len(tasks))
+        return None
+
+    def _do(self, title: str, tasks: Sequence[Task], *, num_steps: int) -> list[dict]:
+        num_rows = self.split.num_rows * len(tasks) // num_steps
+        progress = Progress(title, total=num_rows, quiet=self.quiet)
         return self.workers.run(run_task, tasks, progress=progress)
 
     def _keep_findings(self, records: list[dict]) -> None:

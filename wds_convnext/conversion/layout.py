@@ -9,7 +9,7 @@ from wds_convnext.errors import UsageError
 TAR_BYTES = 2048  # a sample's headers, label and padding
 _MAX_SHARDS = 1_000_000
 _SHARD_BYTES = 256 << 20  # where the source suggests no number of shards
-_UNIT_BYTES = 256 << 20  # images in a spill file
+UNIT_BYTES = 256 << 20  # images in a spill file
 _MAX_UNITS = 512  # spill files are open together while a shard collects its samples
 
 
@@ -44,7 +44,7 @@ def shard_edges(split: SourceSplit, config: ShardsConfig) -> list[int]:
 
 def unit_edges(split: SourceSplit) -> list[int]:
     """The rows at which spill files begin: about 256 MB apart, where reading can begin."""
-    num_units = min(max(1, split.num_bytes // _UNIT_BYTES), _MAX_UNITS)
+    num_units = min(max(1, split.num_bytes // UNIT_BYTES), _MAX_UNITS)
     wanted = np.arange(num_units + 1) * split.num_rows // num_units
     if not split.read_starts:
         return np.unique(wanted).tolist()

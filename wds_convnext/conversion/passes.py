@@ -196,6 +196,11 @@ def _writer(task: CopyRows | CollectShard) -> ShardWriter:
 Task = CountLabels | CopyRows | SpillRows | CollectShard
 
 
+def record_path(task: Task) -> str:
+    """Where the record of a task stands once it is done."""
+    return f"{task.path}.done"
+
+
 def run_task(task: Task, count: Count) -> dict:
     """The record of a task: as it was left by an earlier run, else the task is run."""
-    return recorded(f"{task.path}.done", lambda: task.run(count))
+    return recorded(record_path(task), lambda: task.run(count))

@@ -23,7 +23,7 @@ def recorded(path: str | os.PathLike, make: Callable[[], dict]) -> dict:
     Args:
         make: does the step. Its result may name `files` next to `path`: by name, as `left_as`.
     """
-    record, folder = _read(path), os.path.dirname(path)
+    record, folder = read_record(path), os.path.dirname(path)
     if record is not None and all(
         _is_as_left(os.path.join(folder, name), *left)
         for name, left in record.get("files", {}).items()
@@ -45,11 +45,12 @@ def finished_path(path: str) -> str:
     """Where a finished file of the staging folder stands: there, or already in OUT."""
     folder, name = os.path.split(path)
     if not os.path.exists(path) and os.path.exists(os.path.join(folder, PUBLISHING)):
-        return os.path.join(os.path.dirname(folder), name.removesuffix(".part"))
+        return os.path.join(os.path.dirname(folder), name.rsplit(".", 2)[0])  # see Staging.staged
     return path
 
 
-def _read(path: str | os.PathLike) -> dict | None:
+def read_record(path: str | os.PathLike) -> dict | None:
+    """What a finished step has found; None if it is not finished. Its files are not looked at."""
     try:
         digest, text = read_bounded(path).split(b"\n", 1)
         return json.loads(text) if digest == _digest(text) else None

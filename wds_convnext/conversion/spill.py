@@ -8,14 +8,14 @@ disk is written in long runs and read in runs, and memory holds one group at a t
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 
 import numpy as np
 import xxhash
 
 from wds_convnext.conversion.records import left_as
 from wds_convnext.errors import ShardError
-from wds_convnext.files import create, read_at, write_atomically
+from wds_convnext.files import read_at, replacing, write_atomically
 
 _GROUP_BYTES = 8 << 20  # images held in memory until they are grouped by shard
 _INDEX_DTYPE = np.dtype(
@@ -32,13 +32,15 @@ _INDEX_DTYPE = np.dtype(
 )
 
 
-class SpillWriter(AbstractContextManager):
+class SpillWriter(ExitStack):
     """Writes a spill file `path` and its index `path.npy`, sorted by shard and place.
 
-    `files` says in the end what was left, as in `records`.
+    `files` says in the end what was left, as in `records`. The file has a name of its own until
+    then, as in `tarwriter`.
     """
 
     def __init__(self, path: str):
+        super().__init__()
         self.path = path
         self._images: list[bytes | memoryview] = []
         self._pending: list[tuple] = []
@@ -46,7 +48,8 @@ class SpillWriter(AbstractContextManager):
         self._offset = 0
         self._indexes: list[np.ndarray] = []
         self._digest = xxhash.xxh3_64()
-        self._file = create(path, buffering=1 << 20)
+        self._file = self.enter_context(replacing(path, buffering=1 << 20))
+        self.push(self._finish)
 
     def write(
         self,
@@ -80,13 +83,10 @@ class SpillWriter(AbstractContextManager):
         self._pending.clear()
         self._pending_bytes = 0
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            if kind is not None:
-                return
-            self._flush()
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        self._flush()
         index = np.concatenate(self._indexes)
         content = io.BytesIO()
         np.save(content, index[np.lexsort((index["place"], index["shard"]))])

@@ -5,6 +5,7 @@ shards that are finished or under way, and a record for each finished step. A co
 dies is taken up from the records. Shards move to OUT when all are complete, the manifest last.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from wds_convnext.conversion.records import PUBLISHING, finished_path
 from wds_convnext.door import count, parse_json, read_bounded, read_json, text
 from wds_convnext.errors import ShardError, UsageError, WdsConvnextError
 from wds_convnext.files import sync_folder, write_atomically
+from wds_convnext.rng import derive_key
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.spec import index_path, sources_path, staging_path
 
@@ -27,17 +29,24 @@ _SUFFIXES = (".part", ".npy", ".done", ".tmp")  # of the files in a staging fold
 
 
 class Staging:
-    """The staging folder of one split, locked for this conversion and its worker processes."""
+    """The staging folder of one split, locked for this conversion and its worker processes.
 
-    def __init__(self, out: str | os.PathLike, split: str):
+    Args:
+        joins: others may be at work there, on the same plan.
+    """
+
+    def __init__(self, out: str | os.PathLike, split: str, *, joins: bool = False):
         self.out = Path(out)
         self.split = split
+        self.joins = joins
         self.manifest_path = self.out / f"{split}.json"
         self.folder = Path(staging_path(self.manifest_path))
         self.bad_rows_name = f"{split}.bad.jsonl"
         self.index_name = os.path.basename(index_path(self.manifest_path))
         self.sources_name = os.path.basename(sources_path(self.manifest_path))
         self._lock: int | None = None
+        self._is_alone = False
+        self._plan_id = ""
 
     def is_complete(self, options: dict, *, overwrite: bool) -> bool:
         """Whether OUT already holds the split, converted with these options.
@@ -65,12 +74,20 @@ class Staging:
                 )
         return True
 
-    def begin(self, options: dict, files: list[str], *, overwrite: bool = False) -> bool:
+    def begin(
+        self,
+        options: dict,
+        files: list[str],
+        *,
+        overwrite: bool = False,
+        must_be_begun: bool = False,
+    ) -> bool:
         """Lock the folder and make it ready for a plan, keeping finished steps of the same plan.
 
         Args:
             options: what the bytes of the files depend on.
             files: names of the files that will be written to OUT.
+            must_be_begun: whether another has to have made it ready for this plan before.
         Returns:
             False if there is nothing to do: another conversion has just finished the same.
         Raises:
@@ -89,15 +106,29 @@ class Staging:
                 return False
             replaces = self._own_files(started)
             self._refuse_foreign(files, replaces)
+            if started.get("options") != options and must_be_begun:
+                raise UsageError(
+                    f"{self.out}: nothing of {self.split} is begun with these options and this "
+                    "input. Give the options of the parts."
+                )
+            if started.get("options") != options and not self._is_alone:
+                raise UsageError(
+                    f"{self.folder}: a conversion with other options is at work. Wait for it."
+                )
         except WdsConvnextError:
             self.close() if (self.folder / "plan.json").exists() else self.remove()
             raise
+        self._plan_id = f"{derive_key(json.dumps(options, sort_keys=True)):016x}"[:8]
         if started.get("options") != options:
             # First no plan, so that no record is trusted while some of its files are gone.
             self._write_plan(None, replaces)
             self._remove_written()
             self._write_plan(options, replaces)
             (self.folder / PUBLISHING).unlink(missing_ok=True)
+        if self._is_alone:
+            for path in self.folder.glob("*.tmp"):  # of those that were killed
+                path.unlink()
+            self._share()
         return True
 
     def _write_plan(self, options: dict | None, replaces: set[str]) -> None:
@@ -105,7 +136,10 @@ class Staging:
         write_atomically(self.folder / "plan.json", json.dumps(plan, indent=1).encode())
 
     def lock(self) -> None:
-        """Hold the folder: exclusively for a moment, then together with worker processes."""
+        """Hold the folder: exclusively until it is ready, then together with worker processes.
+
+        If it may join others, it holds the folder together with them from the start.
+        """
         deadline = time.monotonic() + _LOCK_WAIT_S
         if self.folder.is_symlink():
             raise UsageError(f"{self.folder}: a link, so not followed. Remove it.")
@@ -113,15 +147,19 @@ class Staging:
             self.folder.mkdir(exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._lock = os.open(self.folder / "lock", flags)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                self.close()
+            for kind in [fcntl.LOCK_EX] + [fcntl.LOCK_SH] * self.joins:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+                    self._is_alone = kind == fcntl.LOCK_EX
+                    return
+            self.close()
             if time.monotonic() > deadline:
                 raise UsageError(f"{self.folder}: another conversion is at work. Wait for it.")
             time.sleep(0.1)
+
+    def _share(self) -> None:
+        assert self._lock is not None
+        fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def worker_lock(self) -> Callable[[], None]:
         """A function that keeps the folder locked for as long as the calling process lives."""
@@ -133,8 +171,12 @@ class Staging:
             self._lock = None
 
     def staged(self, name: str) -> str:
-        """Where a file stands before it moves to OUT."""
-        return str(self.folder / f"{name}.part")
+        """Where a file stands before it moves to OUT.
+
+        The plan is part of the name: a machine that was taken for lost while it worked on an
+        earlier plan can still finish a file, or a record of one, and must not pass it for ours.
+        """
+        return str(self.folder / f"{name}.{self._plan_id}.part")
 
     def publish(self, manifest: Dataset, files: list[str]) -> None:
         """Move complete files to OUT, in place of an earlier conversion's; the manifest last.
@@ -175,7 +217,7 @@ class Staging:
         self._remove_written()
         for name in (PUBLISHING, "lock"):
             (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):  # not empty
             self.folder.rmdir()
         self.close()
 

@@ -9,13 +9,13 @@ import hashlib
 import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 
 import xxhash
 
 from wds_convnext.conversion.records import left_as
 from wds_convnext.conversion.shrink import AS_STORED, SOURCE
-from wds_convnext.files import create, write_atomically
+from wds_convnext.files import replacing, write_atomically
 from wds_convnext.shards.headers import BLOCK
 from wds_convnext.shards.index import HAS_CHECKSUM, Record, checksum
 from wds_convnext.shards.sidecar import format_sidecar_line, sidecar_head
@@ -46,10 +46,12 @@ _REST = _TEMPLATE[155:]
 _BASE_CHECKSUM = sum(_TEMPLATE[:148]) + _BLANK_CHECKSUM + sum(_TEMPLATE[156:])
 
 
-class ShardWriter(AbstractContextManager):
+class ShardWriter(ExitStack):
     """Writes samples to a tar file. Leaving the context ends it and writes sidecar and records.
 
-    After an exception the file has no end mark and no sidecar, so it does not read as a shard.
+    The file has a name of its own until then: of several that write the same shard at once, as
+    on machines that were taken for lost, each replaces a whole file by a whole one. After an
+    exception nothing is left.
 
     Args:
         records_path: where the shard's part of the split's index goes, see `shards.index`, and
@@ -57,6 +59,7 @@ class ShardWriter(AbstractContextManager):
     """
 
     def __init__(self, path: str, *, sidecar_path: str, records_path: str):
+        super().__init__()
         self.path = path
         self.sidecar_path = sidecar_path
         self.records_path = records_path
@@ -69,9 +72,10 @@ class ShardWriter(AbstractContextManager):
         self._records = bytearray()
         self._sources = bytearray()
         # A third of the time is SHA-256, which leaves the interpreter free to read meanwhile.
-        self._hasher = ThreadPoolExecutor(1)
+        self._file = self.enter_context(replacing(path, buffering=0))
+        self._hasher = self.enter_context(ThreadPoolExecutor(1))
         self._hashed = self._hasher.submit(self._hash, b"")
-        self._file = create(self.path, buffering=0)
+        self.push(self._finish)
 
     def write(
         self,
@@ -143,16 +147,15 @@ class ShardWriter(AbstractContextManager):
             },
         }
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file, self._hasher:
-            if kind is not None:
-                return
-            end = 2 * BLOCK
-            end += -(self.num_bytes + end) % tarfile.RECORDSIZE
-            self._pending.append(bytes(end))
-            self.num_bytes += end
-            self._flush()
-            os.fsync(self._file.fileno())
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        end = 2 * BLOCK
+        end += -(self.num_bytes + end) % tarfile.RECORDSIZE
+        self._pending.append(bytes(end))
+        self.num_bytes += end
+        self._flush()
+        self._hashed.result()
         self._sidecar[:0] = sidecar_head(self.num_samples)
         write_atomically(self.sidecar_path, self._sidecar)
         write_atomically(self.records_path, self._records + self._sources)

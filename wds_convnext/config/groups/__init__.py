@@ -1,0 +1,1 @@
+"""The options of a training run, a dataclass for each group of its help."""
