@@ -177,6 +177,18 @@ def test_a_policys_operations_are_named(trained, policy, number):
     assert len({str(sample.operations) for sample in batch.samples}) > 1
 
 
+def test_mixing_ends_with_the_step_that_begins_the_last_epochs(trained):
+    """21 samples an epoch and 8 a step: of 8 steps the last epoch has those from the sixth on."""
+    run = recorded(trained[0])
+    mixed = replace(run, config=replace(run.config, mix_prob=1.0))
+    off = replace(run, config=replace(mixed.config, mixing_off_epochs=1))
+
+    mixings = [next(load_step(off, step))[0].mix for step in range(run.num_steps)]
+
+    assert [mix.share == 1 for mix in mixings] == [False] * 6 + [True] * 2
+    assert mixings[5] == next(load_step(mixed, 5))[0].mix
+
+
 def test_a_samples_steps_are_those_whose_batches_have_it(trained):
     """Of a sample, by key: all steps of the run, and no other; each at its place."""
     run = recorded(trained[0])

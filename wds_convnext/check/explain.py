@@ -73,7 +73,7 @@ def _explain(run: str | None, config: ExplainConfig) -> StepExplanation | Sample
 
 
 def _explain_step(run: RecordedRun, step: int, *, sheet_path: str | None) -> StepExplanation:
-    mixer = build_mixer(run.config, run.dataset.num_classes)
+    mixer = build_mixer(run.config, run.dataset.num_classes, run.order)
     normalizer = Normalizer(
         run.facts.preprocessing.mean, run.facts.preprocessing.std, torch.device("cpu")
     )
@@ -103,7 +103,7 @@ def load_step(run: RecordedRun, step: int) -> Iterator[tuple[DrawnBatch, torch.T
     The images are uint8 (batch_size, 3, S, S), bit for bit those that the run trains on.
     """
     accumulate = run.config.accumulate
-    mixer = build_mixer(run.config, run.dataset.num_classes)
+    mixer = build_mixer(run.config, run.dataset.num_classes, run.order)
     transform = build_transform(run.config, run.facts.preprocessing)
     draw = partial(_draw_one, run.dataset, transform)
     for rank in range(run.num_ranks):

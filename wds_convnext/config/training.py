@@ -64,7 +64,10 @@ class TrainConfig(
             is_short = self.epochs <= 3 * WARMUP_EPOCHS
             warmup_epochs = self.epochs / 10 if is_short else WARMUP_EPOCHS
             object.__setattr__(self, "warmup_epochs", warmup_epochs)
+        if self.label_smoothing is None:
+            object.__setattr__(self, "label_smoothing", 0.0 if self.loss == "bce" else 0.1)
         self._check_optimizer_and_crop()
+        self._check_targets()
         if self.batch_size % 2 and (self.mixup or self.cutmix) and self.mix_prob:
             raise UsageError(
                 f"--batch-size {self.batch_size}: mixing blends pairs, so it must be even. "
@@ -92,6 +95,18 @@ class TrainConfig(
             raise UsageError(
                 f"--crop-padding {self.crop_padding}: expected less than --image-size "
                 f"{self.image_size}. An eighth of it is usual."
+            )
+
+    def _check_targets(self) -> None:
+        if self.loss == "bce" and self.label_smoothing:
+            raise UsageError(
+                f"--loss bce and --label-smoothing {self.label_smoothing:g} exclude each other: "
+                "every class with a part of a target counts as present. Give --label-smoothing 0."
+            )
+        if self.mixing_off_epochs > self.epochs:
+            raise UsageError(
+                f"--mixing-off-epochs {self.mixing_off_epochs}: expected at most --epochs "
+                f"{self.epochs}."
             )
 
     def _take_shards_of_mixture(self) -> None:

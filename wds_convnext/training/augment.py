@@ -15,6 +15,7 @@ import torch
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import UsageError
 from wds_convnext.rng import derive_key
+from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.policies import parse_policy
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 
@@ -101,6 +102,7 @@ class Mixer:
         prob: share of batches that are mixed.
         switch_prob: share of CutMix among mixed batches, where both are on.
         label_smoothing: part of each target spread evenly over all classes.
+        num_mixed_steps: the first step that is not mixed any more; None for all.
 
     Source: Zhang et al. 2018, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899;
     batch mode and the clipped box as in timm.data.Mixup.
@@ -112,6 +114,7 @@ class Mixer:
     prob: float = 1.0
     switch_prob: float = 0.5
     label_smoothing: float = 0.1
+    num_mixed_steps: int | None = None
 
     @property
     def mixes(self) -> bool:
@@ -119,7 +122,8 @@ class Mixer:
 
     def draw(self, image_size: int, *key: int) -> MixDraw:
         """The draw that belongs to a key: (seed, step, micro-batch, rank)."""
-        if not self.mixes:
+        is_over = self.num_mixed_steps is not None and key[1] >= self.num_mixed_steps
+        if is_over or not self.mixes:
             return MixDraw(1.0)
         rng = np.random.Generator(np.random.Philox(derive_key("mix", *key)))
         if rng.random() >= self.prob:
@@ -165,8 +169,12 @@ class Mixer:
         return targets.scatter_(1, labels.unsqueeze(1), on)
 
 
-def build_mixer(config: TrainConfig, num_classes: int) -> Mixer:
-    """How a run mixes each batch."""
+def build_mixer(config: TrainConfig, num_classes: int, order: TrainOrder | None) -> Mixer:
+    """How a run mixes each batch; without an order, also in --mixing-off-epochs."""
+    num_mixed_steps = None
+    if order and config.mixing_off_epochs:
+        num_mixed_steps = order.num_steps(config.epochs - config.mixing_off_epochs)
+    assert config.label_smoothing is not None  # a config fills it in
     return Mixer(
         num_classes,
         mixup_alpha=config.mixup,
@@ -174,4 +182,5 @@ def build_mixer(config: TrainConfig, num_classes: int) -> Mixer:
         prob=config.mix_prob,
         switch_prob=config.switch_prob,
         label_smoothing=config.label_smoothing,
+        num_mixed_steps=num_mixed_steps,
     )

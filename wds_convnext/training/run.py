@@ -31,6 +31,11 @@ from wds_convnext.training.distributed import Machine
 from wds_convnext.training.ema import warmup_note
 from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.fitting import check_ranks, check_resumable, fit_to_checkpoint
+from wds_convnext.training.loss import (
+    class_weights,
+    weights_digest,
+    with_absolute_class_weights,
+)
 from wds_convnext.training.monitor import Gauges, build_gauges
 from wds_convnext.training.pretrained import absolute_source
 from wds_convnext.training.remote import first_on_each_node
@@ -160,7 +165,11 @@ def open_run(
         shuffle_buffer=config.shuffle_buffer,
         weighting=build_weighting(config, train_data),
     )
+    weights = class_weights(config, train_data)
     facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
+    if weights:
+        digest = {"class_weights": weights_digest(weights)}
+        facts = replace(facts, environment={**facts.environment, **digest})
     if then and train_data.is_meant_by(then.data.shards):
         facts = replace(facts, data=replace(facts.data, shards=then.data.shards))
     state, notes = build_state(
@@ -195,6 +204,8 @@ def open_run(
         num_classes=train_data.num_classes,
         machine=machine,
         preprocessing=facts.preprocessing,
+        order=order,
+        class_weights=weights,
     )
     run = Run(
         config=config,
@@ -250,7 +261,7 @@ def _notes(run: Run, val_data: Dataset | None) -> list[str]:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config as a resume from another working directory can use it."""
-    config = with_absolute_weights(config)
+    config = with_absolute_class_weights(with_absolute_weights(config))
     return replace(
         config,
         shards=absolute_spec(config.require_shards()),

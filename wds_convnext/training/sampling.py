@@ -94,7 +94,9 @@ def _class_weights(balance: str, dataset: Dataset, sizes: np.ndarray) -> list[fl
     return weights
 
 
-def read_class_weights(path: str, class_names: tuple[str, ...]) -> list[float]:
+def read_class_weights(
+    path: str, class_names: tuple[str, ...], *, flag: str = "--balance"
+) -> list[float]:
     """The weights of all classes, in their order, from a JSON object by class name.
 
     Raises:
@@ -104,26 +106,24 @@ def read_class_weights(path: str, class_names: tuple[str, ...]) -> list[float]:
         weights = read_json(path, {})
     except OSError as error:
         raise UsageError(
-            f"--balance {path}: {error.strerror}. Expected none, sqrt, classes, or a JSON file of "
-            "weights by class name."
+            f"{flag} {path}: {error.strerror}. Expected a JSON file of weights by "
+            f"class name, or a word that --help lists."
         ) from None
     except ValueError as error:
-        raise UsageError(
-            f'--balance {path}: {error}. Expected {{"class name": weight, …}}.'
-        ) from None
+        raise UsageError(f'{flag} {path}: {error}. Expected {{"class name": weight, …}}.') from None
     missing = [name for name in class_names if name not in weights]
     unknown = [name for name in weights if name not in class_names]
     if missing or unknown:
         what = "does not name class" if missing else "the data set has no class"
         raise UsageError(
-            f"--balance {path}: {what} {listing(missing or unknown, limit=3)}. Give each class of "
+            f"{flag} {path}: {what} {listing(missing or unknown, limit=3)}. Give each class of "
             "the data set a weight; 0 leaves it out."
         )
     for name, weight in weights.items():
         if type(weight) not in (int, float) or not 0 <= weight < math.inf:
             raise UsageError(
-                f"--balance {path}: weight {weight!r} of {name}; expected a number from 0 on."
+                f"{flag} {path}: weight {weight!r} of {name}; expected a number from 0 on."
             )
     if not any(weights.values()):
-        raise UsageError(f"--balance {path}: all weights are 0. Give some class more.")
+        raise UsageError(f"{flag} {path}: all weights are 0. Give some class more.")
     return [float(weights[name]) for name in class_names]

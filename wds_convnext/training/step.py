@@ -6,16 +6,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.rng import derive_key
+from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Mixer, Normalizer, build_mixer
 from wds_convnext.training.distributed import Machine, World, sum_over_ranks
+from wds_convnext.training.loss import Loss
 from wds_convnext.training.model import compile_model
 from wds_convnext.training.monitor import DeviceTimer
 from wds_convnext.training.optimizer import set_lr, step_unless
@@ -29,6 +30,7 @@ class StepRecipe:
     forward: nn.Module  # the model, compiled and wrapped for many processes as configured
     normalizer: Normalizer
     mixer: Mixer
+    loss: Loss
     autocast: Callable[[], AbstractContextManager]  # gives the context for mixed precision
     # Gives the context in which ranks do not exchange gradients.
     no_sync: Callable[[], AbstractContextManager]
@@ -47,8 +49,18 @@ def build_recipe(
     num_classes: int,
     machine: Machine,
     preprocessing: Preprocessing,
+    order: TrainOrder | None = None,
+    class_weights: list[float] | None = None,
 ) -> StepRecipe:
-    """What a step does, with the model wrapped for many processes and compiled as configured."""
+    """What a step does, with the model wrapped for many processes and compiled as configured.
+
+    Args:
+        order: which says with what step mixing ends; without it that is never.
+        class_weights: see `loss`.
+    """
+    weights = None
+    if class_weights is not None:
+        weights = torch.tensor(class_weights, dtype=torch.float32, device=machine.device)
     forward: nn.Module = state.model
     no_sync: Callable[[], AbstractContextManager] = nullcontext
     if machine.world.size > 1:
@@ -59,7 +71,8 @@ def build_recipe(
         forward=compile_model(forward) if machine.compiled else forward,
         compiled=machine.compiled,
         normalizer=Normalizer(preprocessing.mean, preprocessing.std, machine.device),
-        mixer=build_mixer(config, num_classes),
+        mixer=build_mixer(config, num_classes, order),
+        loss=Loss(config.loss, weights),
         autocast=machine.autocast,
         no_sync=no_sync,
         clip_grad_norm=config.clip_grad_norm,
@@ -144,7 +157,7 @@ def _loss(
     images, targets = augment_on_device(batch, key=key, recipe=recipe)
     torch.manual_seed(derive_key("dropout", *key))
     with recipe.autocast():
-        return soft_target_cross_entropy(forward(images), targets)
+        return recipe.loss(forward(images), targets)
 
 
 @torch.no_grad()
@@ -166,8 +179,3 @@ def augment_on_device(
     """Normalized, mixed images float32 (B, 3, S, S) and soft targets float32 (B, num_classes)."""
     draw = recipe.mixer.draw(batch.images.shape[-1], *key)
     return recipe.mixer(recipe.normalizer(batch.images), batch.labels, draw)
-
-
-def soft_target_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean of -sum(targets * log softmax(logits)); float32, whatever the logits' precision."""
-    return F.cross_entropy(logits.float(), targets)

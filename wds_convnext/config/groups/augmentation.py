@@ -68,6 +68,15 @@ class AugmentationOptions(Config):
     switch_prob: float = option(
         0.5, "Share of CutMix among mixed batches.", group="Augmentation", type=FRACTION
     )
-    label_smoothing: float = option(
-        0.1, "Part of each target spread over all classes.", group="Augmentation", type=FRACTION
+    mixing_off_epochs: int = option(
+        0,
+        "Last epochs in which nothing is mixed.",
+        group="Augmentation",
+        type=click.IntRange(min=0),
+    )
+    label_smoothing: float | None = option(
+        None,
+        "Part of each target spread over all classes. Default: 0.1, with --loss bce 0.",
+        group="Augmentation",
+        type=FRACTION,
     )

@@ -45,6 +45,18 @@ class OptimizationOptions(Config):
         group="Optimization",
         type=FiniteRange(0, 1, max_open=True),
     )
+    loss: str = option(
+        "ce",
+        "Cross-entropy, or binary cross-entropy of each class (as in DeiT III).",
+        group="Optimization",
+        type=click.Choice(["ce", "bce"]),
+    )
+    class_weights: str = option(
+        "none",
+        "Factors on classes in the loss: none, balanced (inverse to their sizes), or a JSON file "
+        "of factors by class name.",
+        group="Optimization",
+    )
     lr: float = option(REFERENCE_LR, "Peak learning rate.", group="Optimization", type=POSITIVE)
     scale_lr: str = option(
         "none",
