@@ -65,6 +65,7 @@ def trained(tmp_path_factory):
             max_bad_samples=1.0,
             shuffle_buffer=8,
             mix_prob=0.8,
+            random_erasing=0.5,
             workers=0,
             device="cpu",
             seed=3,
@@ -107,7 +108,8 @@ def test_the_sheet_shows_what_the_model_saw(trained, tmp_path):
             for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
                 left, top = i * 98, micro * height + 16
                 seen = sheet[top : top + 96 : 3, left : left + 96 : 3]
-                assert np.abs(seen - (image * std + mean) * 255).max() <= 0.51
+                expected = ((image * std + mean) * 255).clip(0, 255)  # noise goes beyond
+                assert np.abs(seen - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 2), (2, 1), (4, 1), (2, 2), (1, 1)])
@@ -175,6 +177,19 @@ def test_a_policys_operations_are_named(trained, policy, number):
             f"  {name} {magnitude:.3f}" in str(sample) for name, magnitude in sample.operations
         )
     assert len({str(sample.operations) for sample in batch.samples}) > 1
+
+
+def test_erased_rectangles_are_named(trained):
+    """About half of the samples; those of the run whose sheets are compared."""
+    run = recorded(trained[0])
+    samples = [s for step in range(TRAINED) for b, _ in load_step(run, step) for s in b.samples]
+
+    erased = [sample for sample in samples if sample.erasure]
+
+    assert 0.2 < len(erased) / len(samples) < 0.8
+    for sample in erased:
+        top, left, height, width, _ = sample.erasure
+        assert f"erased {width}x{height} at {left},{top}" in str(sample)
 
 
 def test_mixing_ends_with_the_step_that_begins_the_last_epochs(trained):

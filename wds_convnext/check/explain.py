@@ -37,6 +37,7 @@ from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import TrainTransform
 from wds_convnext.training.augment import MixDraw, Normalizer, build_mixer, build_transform
 from wds_convnext.training.batchsheet import BatchSheet
+from wds_convnext.training.erase import erase
 from wds_convnext.training.recorded import RecordedRun, open_recorded_run
 
 
@@ -89,7 +90,8 @@ def _explain_step(run: RecordedRun, step: int, *, sheet_path: str | None) -> Ste
         batches.append(batch)
         if sheet is not None:
             labels = torch.tensor([sample.label for sample in batch.samples])
-            mixed, _ = mixer(normalizer(images), labels, batch.mix)
+            erasures = torch.tensor([sample.erasure or (0,) * 5 for sample in batch.samples])
+            mixed, _ = mixer(erase(normalizer(images), erasures), labels, batch.mix)
             seen = (normalizer.undo(mixed) * 255).round().to(torch.uint8)
             sheet.add(batch.title(), seen, batch.captions())
     if sheet is not None and sheet_path is not None:
@@ -98,7 +100,7 @@ def _explain_step(run: RecordedRun, step: int, *, sheet_path: str | None) -> Ste
 
 
 def load_step(run: RecordedRun, step: int) -> Iterator[tuple[DrawnBatch, torch.Tensor]]:
-    """The batches of a step, rank by rank, and their images before they are mixed.
+    """The batches of a step, rank by rank, and their images before they are erased and mixed.
 
     The images are uint8 (batch_size, 3, S, S), bit for bit those that the run trains on.
     """
@@ -177,8 +179,16 @@ def _draw_one(
         "is_flipped": transform.flips(draws),
         "operations": transform.operations(draws),
         "color_factors": transform.color_factors(draws),
+        "erasure": _erasure(transform, draws),
     }
     return transform.augment(image, draws), found
+
+
+def _erasure(transform: TrainTransform, draws: np.ndarray) -> tuple[int, ...] | None:
+    if not transform.random_erasing:
+        return None
+    erasure = tuple(transform.erasure(draws).tolist())
+    return erasure if any(erasure[:4]) else None
 
 
 def find_sample(dataset: Dataset, key: str) -> int:

@@ -25,6 +25,7 @@ class DrawnSample:
     is_flipped: bool
     operations: list[tuple[str, float]]  # of the policy, with magnitudes, in their order
     color_factors: dict[str, float]  # in the order they are applied in
+    erasure: tuple[int, ...] | None  # top, left, height, width; and the key of the noise
     partner: int | None  # position of the sample it is mixed with
     in_place_of: list[dict]  # samples that do not decode: shard, key, reason
 
@@ -39,6 +40,9 @@ class DrawnSample:
         words += ["flipped"] * self.is_flipped
         words += [f"{name} {magnitude:.3f}" for name, magnitude in self.operations]
         words += [f"{name} {factor:.3f}" for name, factor in self.color_factors.items()]
+        if self.erasure is not None:
+            top, left, height, width, _ = self.erasure
+            words.append(f"erased {width}x{height} at {left},{top}")
         words += [f"with {self.partner}"] * (self.partner is not None)
         words += [f"in place of {bad['key']}: {bad['reason']}" for bad in self.in_place_of]
         return printable("  ".join(words), limit=2000)

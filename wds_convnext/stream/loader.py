@@ -40,14 +40,16 @@ def make_loader(
     with closing(items_of_workers(share, workers, while_waiting=while_waiting)) as items:
         for item in items:
             images = share.slots.images(item.worker, item.slot)
-            labels, is_real = torch.from_numpy(item.labels), torch.from_numpy(item.is_real)
-            yield _keep(Batch(images, labels, is_real, item.bad_samples), pin_memory=pin_memory)
+            rest = {name: torch.from_numpy(array) for name, array in item.arrays.items()}
+            batch = Batch(images, bad_samples=item.bad_samples, **rest)
+            yield _keep(batch, pin_memory=pin_memory)
 
 
 def _keep(batch: Batch, *, pin_memory: bool) -> Batch:
     """The batch in memory of its own."""
     own = torch.Tensor.pin_memory if pin_memory else _copy
-    return Batch(own(batch.images), own(batch.labels), own(batch.is_real), batch.bad_samples)
+    tensors = {name: own(tensor) for name, tensor in batch.tensors.items()}
+    return Batch(bad_samples=batch.bad_samples, **tensors)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,8 +62,7 @@ class _Handover(NamedTuple):
 
     worker: int
     slot: int
-    labels: np.ndarray
-    is_real: np.ndarray
+    arrays: dict[str, np.ndarray]  # the batch's other tensors, by name
     bad_samples: list[BadSample]
 
 
@@ -86,5 +87,5 @@ class _Share:
             return self.slots.images(worker, slot)
 
         for batch in load_batches(self.stream, turns, next_images):
-            labels, is_real = batch.labels.numpy(), batch.is_real.numpy()
-            yield _Handover(worker, slot, labels, is_real, batch.bad_samples)
+            arrays = {k: v.numpy() for k, v in batch.tensors.items() if k != "images"}
+            yield _Handover(worker, slot, arrays, batch.bad_samples)

@@ -22,6 +22,7 @@ from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.custom import CustomTransform, Transform
 from wds_convnext.stream.order import EvalOrder, TrainOrder
+from wds_convnext.stream.transforms import TrainTransform
 
 _MAX_REPLACEMENTS = 64
 Item = TypeVar("Item")
@@ -35,6 +36,13 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # int64 (B,)
     is_real: torch.Tensor  # bool (B,); False for the padding of a last evaluation batch
     bad_samples: list[BadSample]  # those that were replaced, or left out
+    erasures: torch.Tensor | None = None  # int64 (B, 5), see `erasing`; None where there are none
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        named = {"images": self.images, "labels": self.labels, "is_real": self.is_real}
+        return named if self.erasures is None else named | {"erasures": self.erasures}
 
 
 class Reader(Protocol):
@@ -171,7 +179,10 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
                 images[i] = image
         for i in (~refs.is_real).nonzero()[0]:
             images[i] = 0  # the memory was another batch's
-        return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples)
+        erasures = None
+        if isinstance(self.transform, TrainTransform) and self.transform.random_erasing:
+            erasures = torch.from_numpy(np.stack([self.transform.erasure(row) for row in draws]))
+        return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples, erasures)
 
     @cached_property
     def _for_known(self) -> Callable[[bytes, np.ndarray], torch.Tensor]:

@@ -28,6 +28,7 @@ import torch
 from wds_convnext.shards.boxdecoder import box_decoder
 from wds_convnext.shards.decode import Box, check_decoder, decode_rgb, whole_image
 from wds_convnext.shards.limits import ImageError, check_num_pixels
+from wds_convnext.stream import erasing
 from wds_convnext.stream.geometry import (
     PADDING_MODES,
     cut_out,
@@ -134,7 +135,8 @@ class TrainTransform:
     whose short side has been resized to image_size, as is usual for small images.
 
     Layout of the draws: (area, ratio) for each of the ten attempts at a crop, then top, left,
-    flip, brightness, contrast, saturation, the order of these three, and the policy's.
+    flip, brightness, contrast, saturation, the order of these three; those of the policy; those of
+    random erasing, which is done later, on the device.
     """
 
     image_size: int = 224
@@ -147,6 +149,7 @@ class TrainTransform:
     crop_padding: int | None = None  # pixels around the resized image; None: no RandomCrop
     padding_mode: str = "constant"  # black, or reflect
     policy: Policy | None = None
+    random_erasing: float = 0.0  # probability
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
@@ -165,7 +168,8 @@ class TrainTransform:
 
     @property
     def NUM_DRAWS(self) -> int:
-        return _NUM_OWN_DRAWS + (self.policy.NUM_DRAWS if self.policy else 0)
+        of_erasing = erasing.NUM_DRAWS if self.random_erasing else 0
+        return _NUM_OWN_DRAWS + (self.policy.NUM_DRAWS if self.policy else 0) + of_erasing
 
     def for_known(self) -> "TrainTransform":
         """The same for images that are known to decode: `auto` is nvImageCodec if that works here.
@@ -230,7 +234,13 @@ class TrainTransform:
         """The policy's operations for an image, in the order they are applied in."""
         if self.policy is None:
             return []
-        return self.policy.choose(draws[_NUM_OWN_DRAWS:], self.image_size)
+        of_policy = draws[_NUM_OWN_DRAWS : _NUM_OWN_DRAWS + self.policy.NUM_DRAWS]
+        return self.policy.choose(of_policy, self.image_size)
+
+    def erasure(self, draws: np.ndarray) -> np.ndarray:
+        """What random erasing does to the image, see `erasing.erasure`."""
+        of_erasing = draws[-erasing.NUM_DRAWS :]
+        return erasing.erasure(of_erasing, self.image_size, probability=self.random_erasing)
 
     def color_factors(self, draws: np.ndarray) -> dict[str, float]:
         """The factors of brightness, contrast and saturation, in the order they are applied in."""

@@ -47,6 +47,7 @@ def build_transform(config: TrainConfig, preprocessing: Preprocessing) -> TrainT
         color_jitter=config.color_jitter,
         scale=(config.min_crop, 1.0),
         hflip=config.hflip,
+        random_erasing=config.random_erasing,
         crop_padding=config.crop_padding,
         padding_mode=config.padding_mode,
         decoder=config.decoder,

@@ -70,13 +70,13 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    images, labels, is_real = (t.to(device, non_blocking=True) for t in batch[:3])
-    return Batch(images, labels, is_real, batch.bad_samples)
+    moved = {name: t.to(device, non_blocking=True) for name, t in batch.tensors.items()}
+    return Batch(bad_samples=batch.bad_samples, **moved)
 
 
 def _take(batch: Batch, copying: torch.cuda.Stream, device: torch.device) -> Batch:
     current = torch.cuda.current_stream(device)
     current.wait_stream(copying)
-    for tensor in batch[:3]:
+    for tensor in batch.tensors.values():
         tensor.record_stream(current)
     return batch

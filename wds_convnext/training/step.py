@@ -16,6 +16,7 @@ from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Mixer, Normalizer, build_mixer
 from wds_convnext.training.distributed import Machine, World, sum_over_ranks
+from wds_convnext.training.erase import erase
 from wds_convnext.training.loss import Loss
 from wds_convnext.training.model import compile_model
 from wds_convnext.training.monitor import DeviceTimer
@@ -178,4 +179,7 @@ def augment_on_device(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalized, mixed images float32 (B, 3, S, S) and soft targets float32 (B, num_classes)."""
     draw = recipe.mixer.draw(batch.images.shape[-1], *key)
-    return recipe.mixer(recipe.normalizer(batch.images), batch.labels, draw)
+    images = recipe.normalizer(batch.images)
+    if batch.erasures is not None:
+        images = erase(images, batch.erasures)  # before mixing, as in timm
+    return recipe.mixer(images, batch.labels, draw)

@@ -56,6 +56,12 @@ class AugmentationOptions(Config):
         group="Augmentation",
         type=FRACTION,
     )
+    random_erasing: float = option(
+        0.0,
+        "Probability that a rectangle of an image is replaced by noise, on the device.",
+        group="Augmentation",
+        type=FRACTION,
+    )
     mixup: float = option(
         0.8, "Mixup's alpha; 0 for none.", group="Augmentation", type=NON_NEGATIVE
     )
