@@ -199,9 +199,9 @@ def test_the_stages_share_out_all_the_time_that_loading_takes(manifest, monkeypa
 
     stages = new_loads(manifest, batch_size=4).stages(None)
 
-    # Six questions per image, and one per batch after it.
+    # Seven questions per image, and one per batch after it.
     assert (stages.read, stages.decode, stages.resize, stages.jitter) == pytest.approx((1,) * 4)
-    assert stages.total == pytest.approx(6 + 1 / 4)
+    assert stages.total == pytest.approx(7 + 1 / 4)
     assert stages.hand_over == 0
 
 

@@ -20,8 +20,10 @@ from wds_convnext.shards.boxdecoder import PACKAGE, Box, box_decoder, is_install
 from wds_convnext.shards.decode import (
     DECODERS,
     check_decoder,
+    decode_boxes,
     decode_rgb,
     decoder_versions,
+    whole_image,
 )
 from wds_convnext.shards.limits import ImageError
 from wds_convnext.shards.opening import open_dataset
@@ -49,7 +51,7 @@ def test_a_box_has_the_pixels_of_the_strict_decoder(kind):
         height, width = map(int, rng.integers(8, 120, 2))
         encoded = encode_jpeg(height, width, **JPEG_KINDS[kind])
         for box in [random_box(rng, height, width) for _ in range(12)]:
-            pixels = decoder.decode(encoded, box)
+            (pixels,) = decoder.decode([encoded], [box])
 
             if kind != "CMYK":  # Pillow's alone; `decode_rgb` does not ask
                 np.testing.assert_array_equal(pixels, crop(decode_rgb(encoded), box))
@@ -72,7 +74,7 @@ def test_pixels_that_are_held_are_not_overwritten():
     decoder, held = box_decoder(), []
     for size in (40, 40, 90, 30, 40):
         encoded = encode_jpeg(size, size + size % 7)
-        pixels = decoder.decode(encoded, Box(2, 3, size - 4, size - 5))
+        (pixels,) = decoder.decode([encoded], [Box(2, 3, size - 4, size - 5)])
         held.append((pixels, decode_rgb(encoded)[2 : size - 2, 3 : size - 2].copy()))
 
     for pixels, expected in held:
@@ -101,14 +103,34 @@ def test_damage_is_refused_as_by_the_strict_decoder(number):
     assert str(found.value) == str(strict.value)
 
 
+@needs_nvimgcodec
+def test_boxes_decoded_together_are_those_decoded_alone():
+    """None is left to the strict decoder: what is damaged, and those that met it in one call."""
+    sound = [encode_jpeg(220 + n, 260) for n in range(3)] + [encode_jpeg(20, 30)]
+    large = encode_jpeg(1100, 1200)
+    boxes = [Box(n, 2 * n, 18, 20 + n) for n in range(4)]
+
+    together = decode_boxes(
+        [*sound, large], [*(lambda *size, box=box: box for box in boxes), whole_image]
+    )
+    damaged = decode_boxes([sound[3], damaged_jpegs()[0], sound[1], b"GIF"], [whole_image] * 4)
+    torn = decode_boxes([sound[0], damaged_jpegs()[0]], [lambda *size: Box(0, 40, 200, 100)] * 2)
+
+    for encoded, box, pixels in zip(sound, boxes, together):
+        np.testing.assert_array_equal(pixels, crop(decode_rgb(encoded), box))
+    assert together[4] is None  # 1.3 megapixels are not kept in memory with others
+    assert [pixels is None for pixels in damaged] == [False, True, False, True]
+    assert torn == [None, None]
+
+
 _SCRIPT = """
 import sys, os
 from wds_convnext.shards.boxdecoder import Box, box_decoder
 before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 for path in sys.argv[1:]:
     data = open(path, "rb").read()
-    assert box_decoder().decode(data, Box(0, 40, 240, 100)) is None
-assert box_decoder().decode(b"no image", Box(0, 0, 9, 9)) is None
+    assert box_decoder().decode([data], [Box(0, 40, 240, 100)]) == [None]
+assert box_decoder().decode([b"no image"], [Box(0, 0, 9, 9)]) == [None]
 after = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 print(after[0] - before[0], after[1] - before[1])
 os.write(2, b"still there")
@@ -125,6 +147,33 @@ def test_nothing_that_it_says_reaches_the_user(tmp_path):
 
     assert done.stderr == "still there"
     assert done.stdout.split() == ["2", "0"]  # and no thread
+
+
+_SCRIPT_OF_TWO = """
+import os, sys, threading, time
+from wds_convnext.shards.boxdecoder import Box, box_decoder
+data, is_over, decoder = open(sys.argv[1], "rb").read(), threading.Event(), box_decoder()
+def write():
+    for number in range(300):
+        os.write(2, b"line %d\\n" % number)
+        time.sleep(0.0003)
+    is_over.set()
+thread = threading.Thread(target=write)
+thread.start()
+while not is_over.is_set():
+    decoder.decode([data], [Box(0, 40, 240, 100)])
+thread.join()
+"""
+
+
+@needs_nvimgcodec
+def test_lines_of_other_threads_are_not_lost(tmp_path):
+    """Where a trainer decodes itself (`--workers 0 --decoder nvimgcodec`)."""
+    (tmp_path / "sound.jpg").write_bytes(encode_jpeg(240, 320))
+
+    done = run([sys.executable, "-c", _SCRIPT_OF_TWO, str(tmp_path / "sound.jpg")])
+
+    assert sorted(done.stderr.splitlines()) == sorted(f"line {n}" for n in range(300))
 
 
 def write_large_shards(folder: Path, *, damage: int | None = None) -> Path:
@@ -220,11 +269,11 @@ def test_checkpoints_name_the_decoders_that_count():
 @needs_nvimgcodec
 def test_a_fork_gets_a_decoder_of_its_own():
     encoded, box = encode_jpeg(60, 70), Box(5, 6, 40, 50)
-    expected = box_decoder().decode(encoded, box).copy()
+    expected = box_decoder().decode([encoded], [box])[0].copy()
 
     pid = os.fork()
     if pid == 0:
-        is_equal = np.array_equal(box_decoder().decode(encoded, box), expected)
+        is_equal = np.array_equal(box_decoder().decode([encoded], [box])[0], expected)
         os._exit(0 if is_equal else 1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

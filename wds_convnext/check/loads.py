@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -203,15 +203,28 @@ class TimedTransform:
             return self
         return TimedTransform(replace(self.transform, decoder="nvimgcodec"), self.spent)
 
+    @property
+    def decoder(self) -> str:
+        return self.transform.decoder
+
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
         started = time.perf_counter()
         pixels = self.transform.crop(data, draws)
-        decoded = time.perf_counter()
-        image = self.transform.resize(pixels, draws)
+        self.spent["decode"] += time.perf_counter() - started
+        return self.finish(pixels, draws)
+
+    def crops(self, images: Sequence[bytes], draws: np.ndarray) -> list[np.ndarray | None]:
+        started = time.perf_counter()
+        crops = self.transform.crops(images, draws)
+        self.spent["decode"] += time.perf_counter() - started
+        return crops
+
+    def finish(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+        started = time.perf_counter()
+        image = self.transform.resize(pixels_HWC, draws)
         resized = time.perf_counter()
         image = self.transform.augment(image, draws)
-        self.spent["decode"] += decoded - started
-        self.spent["resize"] += resized - decoded
+        self.spent["resize"] += resized - started
         self.spent["jitter"] += time.perf_counter() - resized
         return image
 

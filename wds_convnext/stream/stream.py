@@ -25,6 +25,7 @@ from wds_convnext.stream.order import EvalOrder, TrainOrder
 from wds_convnext.stream.transforms import TrainTransform
 
 _MAX_REPLACEMENTS = 64
+_GROUP = 8  # samples decoded together; what that saves stands in `boxdecoder`
 Item = TypeVar("Item")
 BadSample = dict[str, str | int]  # shard, key, offset, epoch and reason
 
@@ -158,42 +159,78 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
     def load(self, number: int, reader: Reader, images: torch.Tensor) -> Batch:
         """One batch of this stream, its images written into `images`."""
         refs = self.order.micro_batch(number, **self.place)
-        labels = torch.zeros(len(refs), dtype=torch.int64)
+        numbers, labels = refs.number.tolist(), np.zeros(len(refs), dtype=np.int64)
         draws = uniform(self.order.sample_keys(refs), self.transform.NUM_DRAWS)
         bad_samples: list[BadSample] = []
-        for i in refs.is_real.nonzero()[0]:
-            load = partial(self._load_one, reader, draws=draws[i])
-            loaded, reasons = self.first_good(reader, int(refs.number[i]), load)
-            bad_samples += [{**reason, "epoch": int(refs.epoch[i])} for reason in reasons]
-            if loaded is None:
-                refs.is_real[i] = False
-            else:
+        real = refs.is_real.nonzero()[0].tolist()
+        for start in range(0, len(real), _GROUP):
+            group = real[start : start + _GROUP]
+            loads = self._load_group(reader, [numbers[i] for i in group], draws[group])
+            for i, loaded in zip(group, loads):
+                if loaded is None:
+                    load = partial(self._load_one, reader, draws=draws[i])
+                    loaded, reasons = self.first_good(reader, numbers[i], load)
+                    bad_samples += [{**reason, "epoch": int(refs.epoch[i])} for reason in reasons]
+                if loaded is None:
+                    refs.is_real[i] = False
+                    continue
                 image, labels[i] = loaded
                 # Assigning would repeat a gray image's channel without a word.
                 if image.shape != images.shape[1:] or image.dtype != images.dtype:
                     raise UsageError(
-                        f"sample {refs.number[i]:,}: the transform gives {tuple(image.shape)} of "
+                        f"sample {numbers[i]:,}: the transform gives {tuple(image.shape)} of "
                         f"{image.dtype}, and {tuple(images.shape[1:])} of {images.dtype} for the "
                         "data set's first sample. Give all images one shape and dtype."
                     )
                 images[i] = image
-        for i in (~refs.is_real).nonzero()[0]:
+        for i in (~refs.is_real).nonzero()[0].tolist():
             images[i] = 0  # the memory was another batch's
         erasures = None
         if isinstance(self.transform, TrainTransform) and self.transform.random_erasing:
             erasures = torch.from_numpy(np.stack([self.transform.erasure(row) for row in draws]))
-        return Batch(images, labels, torch.from_numpy(refs.is_real), bad_samples, erasures)
+        is_real = torch.from_numpy(refs.is_real)
+        return Batch(images, torch.from_numpy(labels), is_real, bad_samples, erasures)
 
     @cached_property
-    def _for_known(self) -> Callable[[bytes, np.ndarray], torch.Tensor]:
+    def _for_known(self) -> Any:
         """What stands for the transform where a sample is known to decode."""
         for_known = getattr(self.transform, "for_known", None)
         return for_known() if for_known else self.transform
+
+    @property
+    def _decodes_groups(self) -> bool:
+        decoder = getattr(self._for_known, "decoder", None)
+        return decoder == "nvimgcodec" and hasattr(self._for_known, "crops")
 
     def _load_one(self, reader: Reader, sample: int, draws: np.ndarray) -> tuple[torch.Tensor, int]:
         data, label = reader.read(sample)
         transform = self._for_known if reader.is_known_to_decode(sample) else self.transform
         return transform(data, draws), label
+
+    def _load_group(
+        self, reader: Reader, numbers: list[int], draws: np.ndarray
+    ) -> Iterator[tuple[torch.Tensor, int] | None]:
+        """What `_load_one` gives for each of a few samples, their crops decoded together.
+
+        None for those that it has to load itself, as they may be refused.
+        """
+        known = [place for place, n in enumerate(numbers) if reader.is_known_to_decode(n)]
+        if not known or not self._decodes_groups:
+            yield from itertools.repeat(None, len(numbers))
+            return
+        transform, samples = self._for_known, {}
+        for place in known:
+            with suppress(DataError):
+                samples[place] = reader.read(numbers[place])
+        images = [data for data, _ in samples.values()]
+        crops = dict(zip(samples, transform.crops(images, draws[list(samples)])))
+        for place in range(len(numbers)):
+            loaded = None
+            if crops.get(place) is not None:
+                with suppress(DataError):
+                    _, label = samples[place]
+                    loaded = transform.finish(crops[place], draws[place]), label
+            yield loaded
 
     def _raw_samples(self) -> Iterator[dict[str, str | bytes]]:
         with closing(self.open_reader()) as reader:
@@ -214,11 +251,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         evaluation nothing takes its place, and None is returned.
         """
         reasons: list[BadSample] = []
-        shard, _ = self.dataset.locate(sample)
-        numbers = self.dataset.numbers_of(shard)
-        attempts = 1 if self.stop is not None else min(len(numbers), _MAX_REPLACEMENTS)
-        for attempt in range(attempts):
-            candidate = numbers[(sample - numbers.start + attempt) % len(numbers)]
+        for candidate in self._candidates(sample):
             try:
                 return load(candidate), reasons
             except DataError as error:
@@ -229,6 +262,14 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
             f"{reasons[0]['shard']}: no sample that decodes from {reasons[0]['key']} to "
             f"{reasons[-1]['key']} ({reasons[0]['reason']}). Write the shard again."
         )
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        yield sample
+        if self.stop is None:
+            shard, _ = self.dataset.locate(sample)
+            numbers = self.dataset.numbers_of(shard)
+            for attempt in range(1, min(len(numbers), _MAX_REPLACEMENTS)):
+                yield numbers[(sample - numbers.start + attempt) % len(numbers)]
 
 
 class ValidatedStream(IterableDataset[Batch]):

@@ -16,7 +16,7 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 """
 
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import permutations
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from wds_convnext.shards.boxdecoder import box_decoder
-from wds_convnext.shards.decode import Box, check_decoder, decode_rgb, whole_image
+from wds_convnext.shards.decode import Box, check_decoder, decode_boxes, decode_rgb, whole_image
 from wds_convnext.shards.limits import ImageError, check_num_pixels
 from wds_convnext.stream import erasing
 from wds_convnext.stream.geometry import (
@@ -164,7 +164,11 @@ class TrainTransform:
             )
 
     def __call__(self, data: bytes, draws: np.ndarray) -> torch.Tensor:
-        return self.augment(self.resize(self.crop(data, draws), draws), draws)
+        return self.finish(self.crop(data, draws), draws)
+
+    def finish(self, pixels_HWC: np.ndarray, draws: np.ndarray) -> torch.Tensor:
+        """The image that becomes of a crop."""
+        return self.augment(self.resize(pixels_HWC, draws), draws)
 
     @property
     def NUM_DRAWS(self) -> int:
@@ -184,6 +188,10 @@ class TrainTransform:
     def crop(self, data: bytes, draws: np.ndarray) -> np.ndarray:
         """The pixels of the random crop, uint8 (H, W, 3); all, if it follows the resize."""
         return decode_rgb(data, partial(self.crop_box, draws), decoder=self.decoder)
+
+    def crops(self, images: Sequence[bytes], draws: np.ndarray) -> list[np.ndarray | None]:
+        """The crops of several images, by nvImageCodec in one call; None for what `crop` is for."""
+        return decode_boxes(images, [partial(self.crop_box, row) for row in draws])
 
     def crop_box(self, draws: np.ndarray, height: int, width: int) -> Box:
         """The random crop of an image of that size; all of it, if the crop follows the resize."""
