@@ -43,9 +43,10 @@ from wds_convnext.training.adamp import parameter_groups
 from wds_convnext.training.board import tag
 from wds_convnext.training.checkpoint import load_checkpoint
 from wds_convnext.training.compare import evaluate_checkpoint
+from wds_convnext.training.compiler import compile_model
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.log import RunLog
-from wds_convnext.training.model import compile_model, create_model
+from wds_convnext.training.model import create_model
 from wds_convnext.training.monitor import DeviceTimer, Gauges, peak_flops, training_flops
 from wds_convnext.training.optimizer import keep_lr_on_device
 from wds_convnext.training.schedule import lr_at, lr_schedule
@@ -565,9 +566,10 @@ def test_a_learning_rate_of_ones_own_is_not_warned_about(shards, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_two_epochs_with_evaluation_compile_two_graphs(shards, tmp_path, monkeypatch):
+def test_two_epochs_with_evaluation_compile_two_graphs(shards, tmp_path, capsys, monkeypatch):
     """One for training and one for evaluation, though batches straddle epochs, the last of an
-    evaluation is padded, mixing changes from step to step, and an average is swapped in."""
+    evaluation is padded, mixing changes from step to step, and an average is swapped in; none is
+    cut, also under autocast, where blocks hand on half precision."""
     counter = CompileCounterWithBackend("aot_eager")
     compile = torch.compile
     monkeypatch.setattr(
@@ -583,8 +585,10 @@ def test_two_epochs_with_evaluation_compile_two_graphs(shards, tmp_path, monkeyp
         return loss
 
     monkeypatch.setattr(train_module, "train_step", recorded)
-    train(run_config(shards, tmp_path, compile=True, epochs=2, val_every=1, ema_decay=0.9))
+    lasting = {"epochs": 2, "val_every": 1, "ema_decay": 0.9}
+    train(run_config(shards, tmp_path, compile=True, amp="bf16", **lasting))
 
+    assert "compiler cut" not in capsys.readouterr().out
     assert graphs[0] == 1
     assert counter.frame_count == 2
     saved = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
@@ -612,6 +616,33 @@ def test_a_compiled_model_that_computes_something_else_is_noticed(
         train(run_config(shards, tmp_path, compile=True, max_steps=1))
 
     assert ("Do not trust this run" in capsys.readouterr().out) == is_wrong
+
+
+def in_two(logits: torch.Tensor) -> torch.Tensor:
+    """What the compiler makes two graphs of."""
+    logits = logits + 0
+    torch._dynamo.graph_break()
+    return logits + 0
+
+
+class CutAtTheEnd(nn.Module):
+    """A model of which the compiler gets the last operations alone, so that it is quick."""
+
+    def __init__(self, model: nn.Module, compile):
+        super().__init__()
+        self.model, self.last = model, compile(in_two, backend="eager")
+
+    def forward(self, images):
+        return self.last(self.model(images))
+
+
+def test_a_model_that_the_compiler_cuts_is_noticed(shards, tmp_path, capsys, monkeypatch):
+    """Nothing would fail: it would only be slower."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: CutAtTheEnd(model, compile))
+    train(run_config(shards, tmp_path, compile=True, max_steps=1))
+
+    assert "the compiler cut the model into several graphs" in capsys.readouterr().out
 
 
 @pytest.mark.bits

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
+from wds_convnext.options import warn
+from wds_convnext.training.compiler import require_compiler
 
 Item = TypeVar("Item")
 
@@ -53,6 +55,11 @@ class Machine:
             UsageError: if the device cannot do it.
         """
         compiled = device.type == "cuda" if compile is None else compile
+        if compiled:
+            require_compiler(device)
+        if amp == "bf16" and device.type == "cuda" and world.is_main and not _has_bf16():
+            name = torch.cuda.get_device_name(device)
+            warn(f"--amp bf16: {name} only emulates it, which is slow. Use --amp fp16.")
         return cls(world, device, choose_amp(amp, device), compiled)
 
     @property
@@ -146,6 +153,10 @@ def _choose_device(name: str, world: World) -> torch.device:
     return device
 
 
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def choose_amp(amp: str, device: torch.device) -> str:
     """`off`, `bf16` or `fp16`.
 
@@ -155,7 +166,7 @@ def choose_amp(amp: str, device: torch.device) -> str:
     if amp == "auto":
         if device.type != "cuda":
             return "off"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if _has_bf16() else "fp16"
     if amp == "fp16" and device.type != "cuda":
         raise UsageError(f"--amp fp16 needs CUDA, found {device.type}. Use bf16 or off.")
     return amp

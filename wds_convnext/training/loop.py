@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wds_convnext.errors import DataError, ShardError, TrainingError, sentence
+from wds_convnext.errors import DataError, ShardError, TrainingError, printable, sentence
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.batchsheet import BatchSheet, captions
+from wds_convnext.training.compiler import graph_breaks
 from wds_convnext.training.evaluate import Evaluation
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
@@ -120,20 +121,35 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     state, recipe = run.state, run.recipe
     if state.step == 0 and not log.quiet:
         _show_batch(run, batches[0], log=log)
-    eager = eager_loss(state, batches, recipe) if recipe.compiled else None
-    loss = train_step(state, batches, lr=lr, recipe=recipe)
-    if eager is not None:
-        compiled, uncompiled = loss.item(), eager.item()
-        if not abs(compiled - uncompiled) <= _COMPILED_TOLERANCE * abs(uncompiled):
-            log.say(
-                f"Warning: the compiled model's first loss is {compiled:.6g}, the uncompiled "
-                f"model's {uncompiled:.6g}. Do not trust this run: use --no-compile, or another "
-                "torch version."
-            )
+    if recipe.compiled:
+        _first_compiled_step(run, batches, lr=lr, log=log)
+    else:
+        train_step(state, batches, lr=lr, recipe=recipe)
     # Everything that stays is here now. A full collection takes 150 ms of 400,000 objects (n = 5,
     # one CPU); frozen, none that is visible, so collecting need not be switched off.
     gc.collect()
     gc.freeze()
+
+
+def _first_compiled_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> None:
+    """Train one step, and hold the compiler against what it should have done."""
+    state, recipe = run.state, run.recipe
+    eager = eager_loss(state, batches, recipe)
+    before = graph_breaks()
+    loss = train_step(state, batches, lr=lr, recipe=recipe)
+    for reason in list(graph_breaks() - before)[:1]:
+        log.say(
+            "Warning: the compiler cut the model into several graphs, which is slower "
+            f"({printable(' '.join(reason.split()))}). Use another torch version or --model, or "
+            "look at TORCH_LOGS=graph_breaks."
+        )
+    compiled, uncompiled = loss.item(), eager.item()
+    if not abs(compiled - uncompiled) <= _COMPILED_TOLERANCE * abs(uncompiled):
+        log.say(
+            f"Warning: the compiled model's first loss is {compiled:.6g}, the uncompiled "
+            f"model's {uncompiled:.6g}. Do not trust this run: use --no-compile, or another "
+            "torch version."
+        )
 
 
 def _show_batch(run: "Run", batch: Batch, *, log: RunLog) -> None:

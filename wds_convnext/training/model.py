@@ -1,4 +1,4 @@
-"""Models by timm's names, their starting weights, and compilation."""
+"""Models by timm's names, and their starting weights."""
 
 import ast
 import copy
@@ -125,17 +125,10 @@ def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> t
     the same pass over memory.
     """
     device_type = output.device.type
-    available = torch.amp.is_autocast_available(device_type)  # not on meta
-    if available and torch.is_autocast_enabled(device_type):
+    # Not `torch.amp.is_autocast_available`, which cuts the graph at every block before torch 2.12.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return output.to(torch.get_autocast_dtype(device_type))
     return output
-
-
-def compile_model(model: nn.Module) -> nn.Module:
-    """The model compiled for one shape; random masks are those that eager draws for a seed."""
-    compiled = torch.compile(model, dynamic=False, options={"fallback_random": True})
-    assert isinstance(compiled, nn.Module)  # as what it was made from
-    return compiled
 
 
 @torch.no_grad()

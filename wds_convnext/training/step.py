@@ -15,10 +15,10 @@ from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Mixer, Normalizer, build_mixer
+from wds_convnext.training.compiler import compile_model
 from wds_convnext.training.distributed import Machine, World, sum_over_ranks
 from wds_convnext.training.erase import erase
 from wds_convnext.training.loss import Loss
-from wds_convnext.training.model import compile_model
 from wds_convnext.training.monitor import DeviceTimer
 from wds_convnext.training.optimizer import set_lr, step_unless
 from wds_convnext.training.state import TrainState

@@ -1,0 +1,42 @@
+"""torch.compile: what it needs, what it makes of a model, and where it cut it."""
+
+import os
+import shutil
+from collections import Counter
+
+import torch
+from torch import nn
+
+from wds_convnext.errors import UsageError
+
+
+def has_c_compiler() -> bool:
+    """Whether Triton finds the C compiler that it builds the start of its kernels with."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
+
+
+def require_compiler(device: torch.device) -> None:
+    """Find at once what torch.compile would miss in the middle of the first step.
+
+    Raises:
+        UsageError: on CUDA, without a C compiler.
+    """
+    if device.type == "cuda" and not has_c_compiler():
+        raise UsageError(
+            "--compile: no C compiler was found (gcc or clang), which torch.compile needs for a "
+            "GPU. Install one, name one with CC, or give --no-compile."
+        )
+
+
+def compile_model(model: nn.Module) -> nn.Module:
+    """The model compiled for one shape; random masks are those that eager draws for a seed."""
+    compiled = torch.compile(model, dynamic=False, options={"fallback_random": True})
+    assert isinstance(compiled, nn.Module)  # as what it was made from
+    return compiled
+
+
+def graph_breaks() -> Counter[str]:
+    """Why the compiler cut what this process compiled into several graphs, and how often."""
+    from torch._dynamo.utils import counters  # 2 s; who compiles nothing does not pay for it
+
+    return counters["graph_break"].copy()
