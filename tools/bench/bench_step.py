@@ -3,6 +3,10 @@
     python tools/bench/bench_step.py --json steps.json    # one GPU, under 10 minutes
     python tools/bench/bench_step.py --shards data/train.json    # and ours fed by the loader
 
+The package need not be installed; torch, torchvision, timm, click, tqdm, simplejpeg, braceexpand
+and xxhash have to be there. A machine without a network gets what it lacks in a folder:
+`pip install --no-deps --target carried timm simplejpeg braceexpand xxhash`, PYTHONPATH=carried.
+
 Contenders (`bench_step_contenders`), each with its own model, on the same synthetic batches in
 host memory:
 
@@ -12,8 +16,8 @@ host memory:
   --clip-grad 1, its PrefetchLoader, its Mixup on the device, its `loss.item()`;
 - timm, AdamW: the same with PyTorch's fused AdamW, the lower bound of any optimizer;
 - ours: `train_step` on `prefetch_to_device`'s batches, channels_last as our loader makes them;
-- only if asked for (--contenders): ours, compiled AdamP, with `torch.compile` on the optimizer;
-  ours, cudnn.benchmark, with which timm and the article train, and we do not.
+- ours, cudnn.benchmark, with which timm and the article train, and we do not;
+- ours, AdamP by operations: without the kernels of `adamp_triton`.
 
 Rounds go through all contenders in turn, so that a drift of the machine's speed hits all of them.
 A step's time is a round's time over its steps, the device waited for at both ends. `rest` is the
@@ -21,23 +25,30 @@ step without its optimizer: copy, mixing, forward, backward, clipping. Launches 
 GPU, ATen operations on a CPU; syncs are what `torch.cuda.set_sync_debug_mode` warns of, on a CPU
 the reads of a value by the host. What a device cannot tell is n/a.
 
-Models and batch sizes are measured one setting after the other, the first named first. By default,
-on a GPU: convnext_base at batch 160, the article's, then at 384, where a large GPU is busy with
-every kernel, then convnext_tiny at both. JSON is written after each setting. Once --minutes are
-over nothing is started, nor is what would not end by then if it takes as long to compile as the
-slowest so far; what was started is measured at least once.
+A contender that fails leaves its row out and says why. GB is the most memory of a contender's own
+tensors, MHz the SM clock after a round. By default, on a GPU: convnext_base at batch 160, the
+article's; --model and --batch-size may be given several times and are measured one after the other.
+JSON is written after each contender's start and each round. Once --minutes are over nothing is
+started, nor is what would not end by then if it takes as long to compile as the slowest so far;
+what was started is measured at least once.
 """
 
+import contextlib
 import gc
+import importlib.metadata
 import itertools
 import json
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import timm
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the package need not be installed
 from bench_step_contenders import (
     NUM_CLASSES,
     Contender,
@@ -51,8 +62,6 @@ from bench_step_contenders import (
 from wds_convnext.training.distributed import Machine, World, choose_amp
 from wds_convnext.training.model import create_model
 from wds_convnext.training.monitor import peak_flops, training_flops
-
-ONLY_IF_ASKED_FOR = {"ours, compiled AdamP", "ours, cudnn.benchmark"}  # each takes a start more
 
 
 def contenders_of(setting: Setting, shards: str | None, workers: int) -> dict[str, Contender]:
@@ -70,8 +79,8 @@ def contenders_of(setting: Setting, shards: str | None, workers: int) -> dict[st
         Contender("timm, AdamP", timms(opt="adamp"), cudnn_benchmark=True),
         Contender("timm, AdamW", timms(opt="adamw", **fused), cudnn_benchmark=True),
         Contender("ours", ours()),
-        Contender("ours, compiled AdamP", ours(compile_optimizer=True)),
         Contender("ours, cudnn.benchmark", ours(), cudnn_benchmark=True),
+        Contender("ours, AdamP by operations", ours(), kernels=False),
     ]
     if shards:
         batches = batches_from_shards(setting, shards, workers)
@@ -100,6 +109,8 @@ def summarize(contender: Contender, ours: Contender, setting: Setting, flops: in
         "mfu": peak and images_per_s * flops / peak,
         "launches": contender.launches,
         "syncs": contender.syncs,
+        "memory_gb": contender.memory_gb,
+        "clock_mhz": statistics.median(contender.clock_mhz) if contender.clock_mhz else None,
         "times_ours": statistics.median(one / other for one, other in paired)
         if ours.step_ms
         else None,
@@ -116,6 +127,8 @@ COLUMNS = {
     "mfu": ("MFU", "{:.0%}"),
     "launches": ("launches", "{:,}"),
     "syncs": ("syncs", "{}"),
+    "memory_gb": ("GB", "{:.1f}"),
+    "clock_mhz": ("MHz", "{:.0f}"),
     "times_ours": ("x ours", "{:.2f}"),
 }
 
@@ -156,7 +169,12 @@ class Deadline:
 
 
 def run_rounds(
-    contenders: list[Contender], device: torch.device, rounds: int, steps: int, deadline: Deadline
+    contenders: list[Contender],
+    device: torch.device,
+    rounds: int,
+    steps: int,
+    deadline: Deadline,
+    report: Callable[[], None],
 ) -> None:
     """Start and count all, then measure in turn, until the rounds or the time are over.
 
@@ -168,11 +186,13 @@ def run_rounds(
         contender.attempt(lambda one: one.start(device))
         contender.attempt(lambda one: one.count(device))
         deadline.note_start(contender.start_s)
+        report()
     for number in range(rounds):
         if number > 0 and deadline.is_over:
             return
         for contender in contenders:
             contender.attempt(lambda one: one.measure(device, steps))
+        report()
 
 
 def measure_setting(
@@ -184,35 +204,50 @@ def measure_setting(
     rounds: int,
     steps: int,
     deadline: Deadline,
+    report: Callable[[dict], None],
 ) -> dict:
-    """Measure the contenders of these names, or all; what `--json` keeps of it."""
+    """Measure the contenders of these names, or all; `report` gets what is known so far."""
     torch.compiler.reset()  # it gives up compiling a forward that too many models share
     gc.collect()  # the models of the setting before
     torch.cuda.empty_cache()
     known = contenders_of(setting, shards, workers)
-    names = names or [name for name in known if name not in ONLY_IF_ASKED_FOR]
-    chosen = [known[name] for name in names]
+    chosen = [known[name] for name in names or known]
     flops = training_flops(create_model(setting.model, num_classes=NUM_CLASSES), setting.image_size)
-    run_rounds(chosen, setting.device, rounds, steps, deadline)
-    return {
-        "model": setting.model,
-        "batch_size": setting.batch_size,
-        "image_size": setting.image_size,
-        "flops_per_image": flops,
-        "compiled": setting.machine.compiled,
-        "rows": [summarize(one, known["ours"], setting, flops) for one in chosen],
-    }
+
+    def result() -> dict:
+        return {
+            "model": setting.model,
+            "batch_size": setting.batch_size,
+            "image_size": setting.image_size,
+            "flops_per_image": flops,
+            "compiled": setting.machine.compiled,
+            "rows": [summarize(one, known["ours"], setting, flops) for one in chosen],
+        }
+
+    run_rounds(chosen, setting.device, rounds, steps, deadline, lambda: report(result()))
+    return result()
+
+
+def versions(device: torch.device, amp: str) -> str:
+    """What the figures depend on, in one line."""
+    name, cudnn, triton = "CPU", None, None
+    if device.type == "cuda":
+        name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        triton = importlib.metadata.version("triton")
+    return (
+        f"{name}, torch {torch.__version__}, timm {timm.__version__}, cuDNN {cudnn}, "
+        f"Triton {triton}, {amp}"
+    )
 
 
 @click.command()
-@click.option("--model", "models", multiple=True, help="[GPU: convnext_base, convnext_tiny]")
-@click.option(
-    "--batch-size", "batch_sizes", multiple=True, type=int, help="[GPU: 160, 384; CPU: 16]"
-)
+@click.option("--model", "models", multiple=True, help="[GPU: convnext_base]")
+@click.option("--batch-size", "batch_sizes", multiple=True, type=int, help="[GPU: 160; CPU: 16]")
 @click.option("--image-size", type=int, help="[GPU: 224; CPU: 32]")
 @click.option("--contenders", help="Names, separated by semicolons.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option("--steps", type=int, help="Per round. [GPU: 10; CPU: 3]")
+@click.option("--steps", type=int, help="Per round. [GPU: 20; CPU: 3]")
 @click.option("--shards", help="Also ours fed by the loader, from these.")
 @click.option("--workers", default=14, show_default=True, help="Of the loader, for --shards.")
 @click.option("--compile/--no-compile", default=None, help="[GPU: compile]")
@@ -241,12 +276,17 @@ def main(
     on_gpu = device.type == "cuda"
     compile = on_gpu if compile is None else compile
     machine = Machine(World(), device, choose_amp("auto", device), compile)
-    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    about = f"{name}, torch {torch.__version__}, timm {timm.__version__}, {machine.amp}"
-    report = {"device": name, "about": about, "results": []}
+    about = versions(device, machine.amp)
+    report = {"about": about, "results": []}
+
+    def write(unfinished: dict | None = None) -> None:
+        if json_path:
+            results = report["results"] + ([unfinished] if unfinished else [])
+            json_path.write_text(json.dumps(report | {"results": results}, indent=1) + "\n")
+
     for model, batch_size in itertools.product(
-        models or (("convnext_base", "convnext_tiny") if on_gpu else ("test_convnext",)),
-        batch_sizes or ((160, 384) if on_gpu else (16,)),
+        models or (("convnext_base",) if on_gpu else ("test_convnext",)),
+        batch_sizes or ((160,) if on_gpu else (16,)),
     ):
         result = measure_setting(
             Setting(model, batch_size, image_size or (224 if on_gpu else 32), machine),
@@ -254,8 +294,9 @@ def main(
             shards=shards,
             workers=workers,
             rounds=rounds,
-            steps=steps or (10 if on_gpu else 3),
+            steps=steps or (20 if on_gpu else 3),
             deadline=deadline,
+            report=write,
         )
         click.echo(
             f"\n{model}, {result['image_size']} px, batch {batch_size}, "
@@ -264,8 +305,7 @@ def main(
             f"{format_table(result['rows'])}"
         )
         report["results"].append(result)
-        if json_path:
-            json_path.write_text(json.dumps(report, indent=1) + "\n")
+        write()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ The article's, timm's and our step, each with its own model.
 """
 
 import itertools
+import subprocess
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
+from wds_convnext.training import adamp
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.feed import prefetch_to_device
 from wds_convnext.training.monitor import DeviceTimer
@@ -149,7 +152,6 @@ def our_step(
     timer: DeviceTimer,
     *,
     batches: Iterator[Batch] | None = None,
-    compile_optimizer: bool = False,
 ) -> Callable[[], None]:
     """`train_step` as `wds-convnext train` calls it."""
     config = TrainConfig(
@@ -164,8 +166,6 @@ def our_step(
         preprocessing=Preprocessing(config.image_size),
     )
     recipe = replace(recipe, optimizer_timer=timer)
-    if compile_optimizer:
-        state.optimizer.step = torch.compile(state.optimizer.step, fullgraph=True)
     batches = batches or itertools.cycle(setting.host_batches(torch.channels_last))
     on_device = prefetch_to_device(batches, setting.device)
 
@@ -210,35 +210,51 @@ class Contender:
     name: str
     make: Callable[[DeviceTimer], Callable[[], None]]
     cudnn_benchmark: bool = False  # as its own script sets it
+    kernels: bool = True  # whether ours may take AdamP's kernels
     step_ms: list[float] = field(default_factory=list)
     optimizer_ms: list[float] = field(default_factory=list)
     launches: int | None = None
     syncs: int | None = None
+    memory_gb: float | None = None  # the most at once, of tensors; None on a CPU
+    clock_mhz: list[float] = field(default_factory=list)  # after each round, where it can be asked
     top_kernels: list[dict] = field(default_factory=list)  # of one step; empty on a CPU
     failed: str | None = None  # why it is not measured
     step: Callable[[], None] | None = None  # once started
     start_s: float = 0.0  # what building, compiling and settling took
 
     def attempt(self, action: Callable[["Contender"], None]) -> None:
-        """Do something with a contender that still runs; running out of memory ends it."""
+        """Do something with a contender that still runs; whatever it raises ends it alone."""
         if self.failed:
             return
         # Not `cudnn.flags(benchmark=...)`: that switches cuDNN itself off unless asked otherwise.
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        adamp.KERNEL_DEVICES = {"cuda"} if self.kernels else set()
+        adamp._kernels.cache_clear()
+        adamp.HOST_DEVICES = ()  # on a CPU, too, it is a GPU's step that is counted
         try:
             action(self)
         except torch.cuda.OutOfMemoryError:
             self.failed, self.step = "out of memory", None
+        except Exception as error:  # a compiler's, cuDNN's: the others are measured all the same
+            reason = str(error).strip().splitlines()
+            self.failed, self.step = (
+                f"{type(error).__name__}: {reason[0][:200] if reason else ''}",
+                None,
+            )
+            traceback.print_exc()
 
     def start(self, device: torch.device) -> None:
         """Build, compile and settle."""
         start = time.perf_counter()
+        held = memory_held(device)
         self.timer = DeviceTimer(device)
         self.step = self.make(self.timer)
         for _ in range(4):
             self.step()
         wait_for(device)
         self.start_s = time.perf_counter() - start
+        if device.type == "cuda":
+            self.memory_gb = (torch.cuda.max_memory_allocated(device) - held) / 1e9
 
     def count(self, device: torch.device) -> None:
         """Launches and syncs of one step."""
@@ -277,6 +293,7 @@ class Contender:
             self.step()
         wait_for(device)
         self.step_ms.append(1e3 * (time.perf_counter() - start) / num_steps)
+        self.clock_mhz += clock_mhz(device)
         optimizer_ms = self.timer.last_ms()
         if optimizer_ms is not None:
             self.optimizer_ms.append(optimizer_ms)
@@ -291,6 +308,27 @@ def count_sync_warnings(step: Callable[[], None]) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes that other contenders hold; the peak is counted from here on."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def clock_mhz(device: torch.device) -> list[float]:
+    """The clock of the multiprocessors as nvidia-smi gives it; nothing where it cannot be asked."""
+    if device.type != "cuda":
+        return []
+    query = ["--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        command = ["nvidia-smi", f"--id={device.index or 0}", *query]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        return [float(output)]
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return []
 
 
 def wait_for(device: torch.device) -> None:
