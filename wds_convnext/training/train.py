@@ -1,5 +1,6 @@
 """Training from the first line that is printed to the last."""
 
+import contextlib
 import gc
 import shlex
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from wds_convnext import progress
 from wds_convnext.config import TrainConfig
@@ -18,6 +20,7 @@ from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weight
 from wds_convnext.training.claim import claim
 from wds_convnext.training.distributed import (
     Machine,
+    choose_amp,
     gather_lists,
     is_lost_peer,
     is_out_of_memory,
@@ -28,6 +31,7 @@ from wds_convnext.training.evaluate import Evaluation, open_evaluation
 from wds_convnext.training.feed import loading
 from wds_convnext.training.log import RunLog
 from wds_convnext.training.loop import fit
+from wds_convnext.training.memory import batch_advice, memory_needs
 from wds_convnext.training.pretrained import with_pretrained
 from wds_convnext.training.remote import Pace, follow_run, node_cache
 from wds_convnext.training.run import Run, open_run
@@ -65,10 +69,8 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
             return _train(config, machine, rundir)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise TrainingError(
-                f"Out of memory ({str(error).split('. ')[0]}). Use a smaller --batch-size, with "
-                "--accumulate for the same global batch."
-            ) from None
+            reason = str(error).split(". ")[0]
+            raise TrainingError(f"Out of memory ({reason}). {_advice(config, device)}") from None
         if world.size == 1 or not is_lost_peer(error):
             raise
         raise TrainingError(
@@ -79,6 +81,16 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
     finally:
         gc.unfreeze()  # `fit` froze; frozen objects would also outlive their modules at exit
         leave_world(world)
+
+
+def _advice(config: TrainConfig, device: torch.device) -> str:
+    """What to do where memory did not suffice; on a GPU, which batch would fit."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        with contextlib.suppress(Exception):  # a model's code that knows no tensors without data
+            needs = memory_needs(config, amp=choose_amp(config.amp, device))
+            return batch_advice(config, needs, total=total)
+    return "Use a smaller --batch-size, with --accumulate for the same global batch."
 
 
 def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
