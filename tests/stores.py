@@ -1,5 +1,6 @@
 """A store on loopback that fails as real ones do: some share of the GETs, in one of seven ways."""
 
+import math
 import random
 import re
 import threading
@@ -20,19 +21,36 @@ class HostileStore(ThreadingHTTPServer):
         failing: probability that a GET fails.
         faults: the ways in which it may.
         stall_s: how long a stalled answer takes.
+        ranged: whether it has ranges.
+        latency_s, bytes_per_s: before each answer; of all of them together.
         retry_after: what 429 and 503 ask for.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder, *, failing=0.0, faults=FAULTS, stall_s=1.0, retry_after="0", seed=0):
+    def __init__(
+        self,
+        folder,
+        *,
+        failing=0.0,
+        faults=FAULTS,
+        stall_s=1.0,
+        retry_after="0",
+        seed=0,
+        ranged=True,
+        latency_s=0.0,
+        bytes_per_s=math.inf,
+    ):
         super().__init__(("127.0.0.1", 0), _Answer)
         self.folder, self.failing, self.faults = Path(folder), failing, faults
         self.stall_s, self.retry_after = stall_s, retry_after
+        self.ranged, self.latency_s, self.bytes_per_s = ranged, latency_s, bytes_per_s
+        self.line_free = 0.0  # when the line has sent all that was to be sent
         self.rng, self.lock = random.Random(seed), threading.Lock()
         self.asked: Counter[str] = Counter()  # names of objects
         self.failed: Counter[str] = Counter()  # faults
         self.sent = 0  # bytes of bodies
+        self.num_ranges = 0  # that were asked for, with an end
 
     @property
     def url(self) -> str:
@@ -45,6 +63,14 @@ class HostileStore(ThreadingHTTPServer):
             fault = self.rng.choice(self.faults)
             self.failed[fault] += 1
             return fault
+
+    def wait_for_line(self, num_bytes: int) -> None:
+        """Take as long as the line takes for so many bytes, after those of others."""
+        with self.lock:
+            now = time.monotonic()
+            self.line_free = max(self.line_free, now) + num_bytes / self.bytes_per_s
+            pause = self.line_free - now
+        time.sleep(pause)
 
     def draw(self, stop: int) -> int:
         with self.lock:
@@ -65,11 +91,14 @@ class _Answer(BaseHTTPRequestHandler):
             return self._say(404)
         data = path.read_bytes()
         size, start = len(data), 0
-        if ranged := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        time.sleep(self.server.latency_s)
+        ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if ranged and self.server.ranged:
             start = int(ranged[1])
             if start >= size:
                 return self._say(416)
-            data = data[start:]
+            data = data[start : int(ranged[2]) + 1 if ranged[2] else size]
+            self.server.num_ranges += bool(ranged[2])
         fault = self.server.fault()
         if fault in ("408", "429", "503"):
             return self._say(int(fault), {"Retry-After": self.server.retry_after})
@@ -82,10 +111,13 @@ class _Answer(BaseHTTPRequestHandler):
         if fault in ("cut", "stall"):
             data = data[: self.server.draw(length)]
         headers = {"Content-Length": length}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        self._head(206 if start else 200, headers)
-        self.wfile.write(data[:length])
+        if ranged and self.server.ranged:
+            headers["Content-Range"] = f"bytes {start}-{start + len(data) - 1}/{size}"
+        self._head(206 if ranged and self.server.ranged else 200, headers)
+        for at in range(0, length, 1 << 18):
+            piece = data[at : min(length, at + (1 << 18))]
+            self.server.wait_for_line(len(piece))
+            self.wfile.write(piece)
         self.server.sent += len(data[:length])
         if fault == "stall":
             self.wfile.flush()

@@ -57,15 +57,20 @@ class Watch(threading.Thread):
             time.sleep(0.01)
 
 
-def kill_one(process: subprocess.Popen, *, fetcher: bool, rng: random.Random) -> str | None:
-    """Kill the fetcher, or a loader worker, of a run; gives what was killed."""
+def parts_of(process: subprocess.Popen, *, fetcher: bool) -> list[int]:
+    """The fetcher, or the loader workers, of a run."""
     found = {}
     for pid in descendants(process.pid):
         try:
             found[pid] = b"storage.fetcher" in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
-    victims = [pid for pid, is_fetcher in found.items() if is_fetcher == fetcher]
+    return [pid for pid, is_fetcher in found.items() if is_fetcher == fetcher]
+
+
+def kill_one(process: subprocess.Popen, *, fetcher: bool, rng: random.Random) -> str | None:
+    """Kill the fetcher, or a loader worker, of a run; gives what was killed."""
+    victims = parts_of(process, fetcher=fetcher)
     if not victims:
         return None
     os.kill(rng.choice(victims), signal.SIGKILL)
@@ -74,7 +79,11 @@ def kill_one(process: subprocess.Popen, *, fetcher: bool, rng: random.Random) ->
 
 def torment(process: subprocess.Popen, *, longest: float, rng: random.Random) -> list[str]:
     """Kill parts of a run, and the run itself after a random time."""
-    hits, ends = [], time.monotonic() + rng.uniform(2, longest)
+    hits = []
+    if rng.random() < 0.8:  # most kills are to hit a run that trains, not one that imports torch
+        while process.poll() is None and not parts_of(process, fetcher=True):
+            time.sleep(0.1)
+    ends = time.monotonic() + rng.uniform(0, longest)
     while process.poll() is None and time.monotonic() < ends:
         time.sleep(rng.uniform(0.1, 2))
         hit = kill_one(process, fetcher=rng.random() < 0.7, rng=rng)

@@ -88,7 +88,20 @@ def test_a_hostile_store_changes_nothing(shards, local, tmp_path):
     assert_same(weights(tmp_path / "run"), local)
     assert 0 < watch.stop() <= size
     assert store.failed.keys() == set(FAULTS)
+    assert store.num_ranges > 8  # samples of the first batches
+    assert not list((tmp_path / "cache").glob("*/first"))
     fetched = [name for name in store.asked if name.endswith(".tar")]
     assert len(fetched) >= 160 and max(store.asked[name] for name in fetched) > 1
     config = (tmp_path / "run/config.toml").read_text()
     assert f'shards = "{store.url}/train.json"' in config
+
+
+def test_a_store_without_ranges_is_waited_for(shards, local, tmp_path):
+    """The first batches wait for whole shards; the weights are the same."""
+    with serving(shards, ranged=False) as store:
+        arguments = ["--cache-dir", tmp_path / "cache"]
+        options = OPTIONS | {"--workers": "1", "--out": tmp_path / "run"}
+        run(command("train", "--shards", f"{store.url}/train.json", *arguments, **options))
+
+    assert_same(weights(tmp_path / "run"), local)
+    assert store.num_ranges == 0

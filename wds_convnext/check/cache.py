@@ -12,6 +12,7 @@ import numpy as np
 from wds_convnext.config import CacheConfig
 from wds_convnext.errors import printable
 from wds_convnext.pool import num_cores
+from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_splits
 from wds_convnext.storage.cache import CacheOptions, caching
 from wds_convnext.storage.schedule import Plan, simulate
@@ -44,6 +45,7 @@ class CacheReport:
     live_bytes: int
     first_batch_shards: int
     first_batch_bytes: int
+    first_samples_bytes: int  # of its samples alone
     cases: tuple[CacheCase, ...]
     fitting_buffer: int | None  # the largest shuffle buffer that fits the smallest case
     config: CacheConfig
@@ -57,8 +59,8 @@ class CacheReport:
             f"{config.ranks} x {config.batch_size} samples a batch{one_of}, shuffle buffer "
             f"{config.shuffle_buffer:,}",
             f"needed at one time (the smallest cache): {_size(self.live_bytes)}",
-            f"the first batch needs: {self.first_batch_shards:,} shards, "
-            f"{_size(self.first_batch_bytes)}",
+            f"the first batch needs: {_size(self.first_samples_bytes)} by ranges, of "
+            f"{self.first_batch_shards:,} shards with {_size(self.first_batch_bytes)}",
         ]
         if config.nodes > 1:
             lines.insert(1, f"read by one node in the first epoch: {_size(self.node_bytes)}")
@@ -135,12 +137,20 @@ def plan_cache(spec: str, config: CacheConfig | None = None, **options: Any) -> 
         live_bytes=live_bytes,
         first_batch_shards=len(first_shards),
         first_batch_bytes=int(sizes[first_shards].sum()),
+        first_samples_bytes=_bytes_of(train_data, first.number),
         cases=cases,
         fitting_buffer=(
             largest_buffer(run, sizes, int(min(cache_sizes)), ahead=ahead) if is_too_small else None
         ),
         config=config,
     )
+
+
+def _bytes_of(dataset: Dataset, numbers: np.ndarray) -> int:
+    """Bytes of samples, with all of their members."""
+    assert dataset.index is not None
+    places = map(dataset.locate, numbers.tolist())
+    return sum(dataset.index.record(shard, sample).num_bytes for shard, sample in places)
 
 
 def _case(uses: Plan, sizes: np.ndarray, cache_bytes: int, epoch_of_use: np.ndarray) -> CacheCase:

@@ -20,7 +20,7 @@ from wds_convnext.shards.headers import BLOCK, announced_bytes
 from wds_convnext.shards.index import DECODED, HAS_CHECKSUM, JSON_LABEL, Record, checksum
 from wds_convnext.shards.spec import Shard, refuse_size
 from wds_convnext.shards.tar import Member, is_plain_member, read_members
-from wds_convnext.storage.layout import open_locked
+from wds_convnext.storage.layout import open_locked, read_early
 
 if TYPE_CHECKING:
     from wds_convnext.shards.dataset import Dataset
@@ -59,16 +59,25 @@ class SampleReader:
         """
         shard, sample = self.dataset.locate(number)
         record = self._index.record(shard, sample)
+        if self.dataset.shards[shard].is_remote:
+            path = self.dataset.shards[shard].path
+            if span := read_early(path, record.start, record.num_bytes):
+                # A byte of it may be wrong. The whole shard is compared with its SHA-256.
+                with suppress(ShardError, DataError):
+                    return self._cut(number, record, span, record.start)
         image, label = record.places
         start, end = min(image[0], label[0]) - BLOCK, max(sum(image), sum(label))
         if end - start <= image[1] + label[1] + _MAX_GAP:
-            span = self._pread(shard, end - start, start)
-            image_data = self._member(shard, image, span, start)
-            label_data = self._member(shard, label, span, start)
-        else:
-            image_data = self._read_member(shard, image)
-            label_data = self._read_member(shard, label)
+            return self._cut(number, record, self._pread(shard, end - start, start), start)
+        image_data = self._read_member(shard, image)
+        label_data = self._read_member(shard, label)
         return image_data, self._checked_label(number, record, image_data, label_data)
+
+    def _cut(self, number: int, record: Record, span: bytes, start: int) -> tuple[bytes, int]:
+        """Image and label of a sample, of its shard's bytes from `start`."""
+        shard, _ = self.dataset.locate(number)
+        image, label = (self._member(shard, member, span, start) for member in record.places)
+        return image, self._checked_label(number, record, image, label)
 
     def is_known_to_decode(self, number: int) -> bool:
         """Whether the image that `read` gives, compared with its checksum, has decoded before."""

@@ -159,11 +159,19 @@ class Cache:
 
     def _clear(self, path: Path) -> None:
         """Take away what an earlier process has left, but for the shards."""
-        for name in ("objects.json", "plan.npy", "clock", "failed", "counts", "folders.json"):
+        for name in (
+            "objects.json",
+            "plan.npy",
+            "first.npy",
+            "clock",
+            "failed",
+            "counts",
+            "folders.json",
+        ):
             (path / name).unlink(missing_ok=True)
         for wanted in (path / "wanted").iterdir():
             wanted.unlink()
-        for rest in (*path.glob("*.tmp"), *path.glob("incoming-*")):
+        for rest in (f for name in ("*.tmp", "incoming-*", "first") for f in path.glob(name)):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         (path / "counts").write_bytes(COUNTS.pack(0, 0, 0, 0, 0))
 
@@ -255,23 +263,41 @@ class Cache:
         if self._fetcher is None:
             self._fetcher = Supervisor(path, self.num_bytes, self._settings.remote_timeout)
 
-    def follow(self, plan: Plan, paths: Sequence[str], *, start: int, num_ranks: int) -> None:
+    def follow(
+        self,
+        plan: Plan,
+        paths: Sequence[str],
+        *,
+        start: int,
+        num_ranks: int,
+        first: np.ndarray | None = None,
+    ) -> None:
         """Fetch ahead after a plan from now on.
 
         Args:
             paths: of the objects that the plan numbers.
+            first: what the first batches read before these objects are here: times from which it
+                may be fetched, objects, offsets, bytes; int64 (4, num_ranges), by time. When the
+                time of the last one has come, none of them is needed.
             start: the time at which every rank is.
             num_ranks: on this node, that will `report`.
         """
         if self._shared is not None:
             return
-        numbers = np.array([self._numbers[path] for path in paths], np.int64)
+        numbers = np.array([self._numbers.get(path, -1) for path in paths], np.int64)
         plan = Plan.of(numbers[plan.object], plan.first, plan.last)
         (self.path / "clock").write_bytes(struct.pack(f"<{num_ranks}q", *[start] * num_ranks))
-        temporary = self.path / "plan.tmp"
+        if first is not None and first.size:
+            (self.path / "first").mkdir(exist_ok=True)
+            first[1] = numbers[first[1]]
+            self._save(first, "first.npy")
+        self._save(np.stack([plan.object, plan.first, plan.last]), "plan.npy")
+
+    def _save(self, values: np.ndarray, name: str) -> None:
+        temporary = self.path / f"{name}.tmp"
         with open(temporary, "wb") as file:
-            np.save(file, np.stack([plan.object, plan.first, plan.last]))
-        temporary.rename(self.path / "plan.npy")
+            np.save(file, values)
+        temporary.rename(self.path / name)
 
     def clock(self, local_rank: int) -> "Clock":
         """How a rank of this node reports how far it is."""

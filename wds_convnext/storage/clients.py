@@ -25,11 +25,12 @@ _OBSTORE = ("s3", "gs", "az", "azure", "abfss", "r2")
 class Client(Protocol):
     """What a store is asked: bytes of an object, and names in a folder."""
 
-    def read(self, url: str, start: int) -> Iterator[bytes]:
-        """An object's bytes from `start` on, in pieces.
+    def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
+        """An object's bytes from `start` on, up to `stop`, in pieces.
 
         Raises:
             Missing, Denied, Transient: which may come at any piece.
+            Unranged: if there is a `stop`, and the store gives whole objects only.
         """
 
     def names(self, folder: str) -> list[str] | None:
@@ -63,17 +64,18 @@ class ObstoreClient:
         self._stores: dict[str, Any] = {}
         self._options: dict[str, Any] = aws_profile() if scheme in ("s3", "r2") else {}
 
-    def read(self, url: str, start: int) -> Iterator[bytes]:
-        size = None
+    def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
+        size = stop
         while size is None or start < size:
             store = self._store(parent(url))
             try:
-                options = {"range": (start, start + _PART)}
-                found = self._obstore.get(store, name_in(url), options=options)
-                size, begin = int(found.meta["size"]), int(found.range[0])
+                end = start + _PART if stop is None else min(stop, start + _PART)
+                found = self._obstore.get(store, name_in(url), options={"range": (start, end)})
+                whole, begin = int(found.meta["size"]), int(found.range[0])
                 if begin != start:
                     raise Transient("another range than asked for")
-                expected = min(_PART, size - start)
+                size = whole if stop is None else stop
+                expected = min(end, whole) - start
                 data = bytes(found.bytes())
             except Transient:
                 raise
@@ -145,9 +147,9 @@ class FsspecClient:
                 "or https, or install fsspec's plug-in for it."
             ) from None
 
-    def read(self, url: str, start: int) -> Iterator[bytes]:
+    def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
         try:
-            size = int(self._system.info(url)["size"])
+            size = int(self._system.info(url)["size"]) if stop is None else stop
             while start < size:
                 piece = self._system.cat_file(url, start=start, end=min(size, start + _PART))
                 if not piece:

@@ -1,4 +1,4 @@
-"""How a store fails a client: in one of three ways, which say whether to ask again."""
+"""How a store fails a client: in one of four ways, which say whether to ask again."""
 
 import importlib
 from typing import Any
@@ -8,6 +8,10 @@ from wds_convnext.errors import UsageError
 
 class Missing(Exception):
     """The store has no such object (404)."""
+
+
+class Unranged(Exception):
+    """The store gives whole objects only."""
 
 
 class Denied(Exception):

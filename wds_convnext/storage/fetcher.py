@@ -13,13 +13,23 @@ import signal
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.files import unwritable, write_atomically
-from wds_convnext.storage.layout import COUNTS, GAVE_UP, MARGIN, Object, occupied, origin_of
+from wds_convnext.storage.early import Early
+from wds_convnext.storage.layout import (
+    COUNTS,
+    GAVE_UP,
+    MARGIN,
+    Object,
+    occupied,
+    origin_of,
+    rounded,
+)
 from wds_convnext.storage.transfer import Counts, Expected, Store
 
 if TYPE_CHECKING:
@@ -29,7 +39,6 @@ NUM_TRANSFERS = 8  # objects on their way at a time
 _TICK_S = 0.02
 _GRACE_S = 0.5  # in which an object that was waited for is not evicted
 _RETRY_S = 0.2  # what was being read when it should have gone is tried again
-_BLOCK = 4096
 
 
 class Fetcher:
@@ -58,6 +67,7 @@ class Fetcher:
         self._stores: list[Store] = []
         self._looked: tuple = ()
         self._pool = ThreadPoolExecutor(NUM_TRANSFERS)
+        self._early = Early(path, self._lend)
 
     def run(self, owner: int) -> int:
         """Serve until the process that opened the cache ends; gives the exit code."""
@@ -96,6 +106,14 @@ class Fetcher:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "wanted" / self._objects[number].token).unlink()
         times = self._times()
+        if self._has_changed("first.npy"):
+            self._early.load(self._objects)
+        reserved = self._early.reserved_bytes
+        if self._early.tick(self._now, self._present):  # first, since a batch waits for them
+            self._write_counts()
+            return
+        if self._early.reserved_bytes < reserved:
+            self._measure()
         busy = {number for number, _ in self._busy.values()}
         missing = [n for n in wanted if n not in busy and n not in self._present]
         for number in missing:
@@ -123,8 +141,9 @@ class Fetcher:
         if len(self._busy) >= NUM_TRANSFERS:
             return False
         found = self._objects[number]
-        needed = (-(-found.num_bytes // _BLOCK) + 1) * _BLOCK
+        needed = rounded(found.num_bytes)
         room = self.cache_bytes - self._other_bytes - sum(self._present.values())
+        room -= self._early.reserved_bytes
         room -= sum(size for _, size in self._busy.values())
         now = time.monotonic()
         going = [
@@ -147,23 +166,28 @@ class Fetcher:
 
     def _fetch(self, found: Object) -> None:
         """Bring an object, and give it its name when it is what the manifest says."""
-        store = self._store()
         part = f"{found.path}.part"
         try:
-            store.fetch(found.url, part, Expected(found.num_bytes, found.sha256))
+            with self._lend() as store:
+                store.fetch(found.url, part, Expected(found.num_bytes, found.sha256))
             os.rename(part, found.path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(part)
             raise
+
+    @contextlib.contextmanager
+    def _lend(self) -> Iterator[Store]:
+        """A store for one thread; clients keep what they have learned."""
+        try:
+            store = self._stores.pop()
+        except IndexError:
+            self._counts.append(Counts())
+            store = Store.of(self.timeout_s, self._counts[-1])
+        try:
+            yield store
         finally:
             self._stores.append(store)
-
-    def _store(self) -> Store:
-        with contextlib.suppress(IndexError):
-            return self._stores.pop()
-        self._counts.append(Counts())
-        return Store.of(self.timeout_s, self._counts[-1])
 
     def _evict(self, number: int) -> int:
         """Delete an object that nobody reads; gives the bytes that are free now."""
@@ -205,7 +229,8 @@ class Fetcher:
 
     def _measure(self) -> None:
         """Count what is no shard: manifests, indexes, the plan, and what comes and goes."""
-        paths = [os.path.join(top, n) for top, _, names in os.walk(self.path) for n in ["", *names]]
+        tops = ((top, names) for top, _, names in os.walk(self.path) if Path(top).name != "first")
+        paths = (os.path.join(top, name) for top, names in tops for name in ["", *names])
         rest = (path for path in paths if not path.endswith((".tar", ".part")))
         self._other_bytes = MARGIN + sum(map(occupied, rest))
 

@@ -3,6 +3,7 @@
     lock              held by the process that opened the cache, and ends with it
     serving           held by the fetcher, which may outlive that process for a moment
     objects.json      the objects that may be asked for: where from, how large, SHA-256
+    first.npy, first/ what the first batches read of shards that are not here yet, file by file
     plan.npy, clock   when which is needed (`schedule`), and how far each rank on this node is
     wanted/TOKEN      a reader waits for this object
     failed            why the fetcher gave up, one line
@@ -34,6 +35,7 @@ GAVE_UP = 3  # the fetcher's exit code: `failed` says why; starting it again wou
 COUNTS = struct.Struct("<5q")  # bytes, requests, retries, objects published, objects evicted
 MARGIN = 1 << 16  # bytes kept for small files that come and go
 _POLL_S = 0.01
+_BLOCK = 4096
 
 
 class Object(NamedTuple):
@@ -103,14 +105,45 @@ def open_locked(path: str) -> int:
     Raises:
         ShardError: if the fetcher cannot get it; the message says why.
     """
+    return _await([path], path)
+
+
+def early_path(path: str, start: int) -> str:
+    """Where a sample at a remote object's byte `start` stands, before the object is here."""
+    cache = os.path.dirname(os.path.dirname(path))
+    return os.path.join(cache, "first", f"{token_of(path)}-{start}")
+
+
+def read_early(path: str, start: int, num_bytes: int) -> bytes | None:
+    """The bytes of one sample of an object that is not here yet; None when all of it is.
+
+    Not compared with anything but their number.
+
+    Raises as `open_locked` does.
+    """
+    early = early_path(path, start)
+    if os.path.exists(path) or not os.path.isdir(os.path.dirname(early)):
+        return None
+    file = _await([path, early], path)
+    try:
+        if os.fstat(file).st_size != num_bytes:
+            return None
+        return os.pread(file, num_bytes, 0)
+    finally:
+        os.close(file)
+
+
+def _await(paths: list[str], path: str) -> int:
+    """A locked descriptor of the first of these files that is there, of the object at `path`."""
     cache = os.path.dirname(os.path.dirname(path))
     wanted = os.path.join(cache, "wanted", token_of(path))
     parent = parent_process()
     while True:
-        with contextlib.suppress(FileNotFoundError):
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(file, fcntl.LOCK_SH)
-            return file
+        for found in paths:
+            with contextlib.suppress(FileNotFoundError):
+                file = os.open(found, os.O_RDONLY | os.O_CLOEXEC)
+                fcntl.flock(file, fcntl.LOCK_SH)
+                return file
         with contextlib.suppress(OSError), open(os.path.join(cache, "failed")) as file_:
             raise ShardError(file_.read())
         try:
@@ -141,6 +174,11 @@ def held(path: str) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def rounded(num_bytes: int) -> int:
+    """What a file of so many bytes may occupy."""
+    return (-(-num_bytes // _BLOCK) + 1) * _BLOCK
 
 
 def occupied(path: str) -> int:

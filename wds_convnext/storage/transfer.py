@@ -84,18 +84,20 @@ class Store:
         """
         return self._again(folder, lambda: self.clients.of(folder).names(folder))
 
-    def fetch(self, url: str, path: str, expected: Expected) -> None:
-        """Write an object to a file, from scratch.
+    def fetch(self, url: str, path: str, expected: Expected, *, start: int | None = None) -> None:
+        """Write an object to a file, from scratch; of a range that begins at `start`, no more.
 
         Raises:
+            Unranged: if a range is asked for, and the store has none.
             ShardError: if it is not there, may not be read, does not come in time, or is not what
                 is expected, as often as it is fetched.
             OSError: if the file cannot be written.
         """
         with open(path, "wb") as file:
-            transfer = _Transfer(self, url, file.fileno(), expected)
+            transfer = _Transfer(self, url, file.fileno(), expected, start)
             self._again(url, transfer.attempt, progress=lambda: transfer.brought)
-            os.fsync(file.fileno())
+            if start is None:  # ranges do not outlive their run
+                os.fsync(file.fileno())
 
     def fetch_unchecked(self, url: str, path: str, *, max_bytes: int) -> None:
         """Write an object of which nothing is known, when two fetches in a row are alike.
@@ -169,8 +171,12 @@ class _Wrong(Transient):
 class _Transfer:
     """An object on its way to a file: each attempt goes on where the one before was cut."""
 
-    def __init__(self, store: Store, url: str, file: int, expected: Expected):
+    def __init__(
+        self, store: Store, url: str, file: int, expected: Expected, start: int | None = None
+    ):
         self._store, self._url, self._file, self._expected = store, url, file, expected
+        self._start = start or 0
+        self._stop = None if start is None else start + (expected.num_bytes or 0)
         self._wrong: list[str] = []  # what came instead, each time
         self.brought = 0  # bytes in all, those that were thrown away as well
         self._begin()
@@ -183,7 +189,8 @@ class _Transfer:
     def attempt(self) -> None:
         expected, size = self._expected, self._expected.num_bytes
         started, brought, before = time.monotonic(), 0, self.brought
-        for piece in self._store.clients.of(self._url).read(self._url, self.done):
+        client = self._store.clients.of(self._url)
+        for piece in client.read(self._url, self._start + self.done, self._stop):
             limit = expected.max_bytes if size is None else size
             if self.done + len(piece) > limit:
                 if size is None:

@@ -12,7 +12,15 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from wds_convnext.errors import UsageError
-from wds_convnext.storage.failures import Denied, Missing, Transient, by_status, package, reason_of
+from wds_convnext.storage.failures import (
+    Denied,
+    Missing,
+    Transient,
+    Unranged,
+    by_status,
+    package,
+    reason_of,
+)
 from wds_convnext.urls import name_in
 
 _PIECE = 1 << 20  # bytes handed on at a time
@@ -25,17 +33,19 @@ class HttpClient:
     def __init__(self, stall_s: float):
         self._stall_s = stall_s
 
-    def read(self, url: str, start: int) -> Iterator[bytes]:
-        yield from self._get(url, {}, start)
+    def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
+        yield from self._get(url, {}, start, stop)
 
     def names(self, folder: str) -> list[str] | None:
         return None
 
-    def _get(self, url: str, headers: dict[str, str], start: int) -> Iterator[bytes]:
+    def _get(
+        self, url: str, headers: dict[str, str], start: int, stop: int | None
+    ) -> Iterator[bytes]:
         connection: http.client.HTTPConnection | None = None
         try:
             for _ in range(_MAX_REDIRECTS + 1):
-                connection, response = self._ask(url, headers, start)
+                connection, response = self._ask(url, headers, start, stop)
                 if response.status not in (301, 302, 303, 307, 308):
                     break
                 target = urljoin(url, response.headers.get("Location", ""))
@@ -47,7 +57,7 @@ class HttpClient:
                 connection.close()
             if response.status == 416 and start:
                 return  # the object ends before `start`
-            self._check(response, start)
+            self._check(response, start, stop)
             while piece := response.read1(_PIECE):
                 yield piece
             if response.length:
@@ -59,7 +69,7 @@ class HttpClient:
                 connection.close()
 
     def _ask(
-        self, url: str, headers: dict[str, str], start: int
+        self, url: str, headers: dict[str, str], start: int, stop: int | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
@@ -82,14 +92,15 @@ class HttpClient:
             if proxy:
                 path = f"http://{parts.netloc}{path}"
                 headers = {**headers, **_proxy_login(via)}
-        ranged = {"Range": f"bytes={start}-"} if start else {}
+        last = "" if stop is None else stop - 1
+        ranged = {"Range": f"bytes={start}-{last}"} if start or stop else {}
         # identity: a store that compresses would make sizes and ranges those of something else
         connection.request(
             "GET", path, headers={"Accept-Encoding": "identity", **ranged, **headers}
         )
         return connection, connection.getresponse()
 
-    def _check(self, response: http.client.HTTPResponse, start: int) -> None:
+    def _check(self, response: http.client.HTTPResponse, start: int, stop: int | None) -> None:
         status = response.status
         if status in (404, 410):
             raise Missing
@@ -97,6 +108,8 @@ class HttpClient:
             raise Denied(f"status {status}")
         if status not in (200, 206):
             raise Transient(f"status {status}", retry_after(response.headers.get("Retry-After")))
+        if stop is not None and status == 200:
+            raise Unranged
         if start and status == 206:
             begins = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             if begins is None or int(begins[1]) != start:
@@ -145,7 +158,7 @@ class HubClient(HttpClient):
         super().__init__(stall_s)
         self._hub = package("huggingface_hub")
 
-    def read(self, url: str, start: int) -> Iterator[bytes]:
+    def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
         kind, repo, revision, path = self._parts(url)
         if kind == "datasets":
             target = self._hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision)
@@ -153,7 +166,7 @@ class HubClient(HttpClient):
             endpoint = self._hub.HfApi().endpoint
             target = f"{endpoint}/buckets/{repo}/resolve/{quote(path)}"
         headers = {k: v for k, v in self._hub.utils.build_hf_headers().items() if v}
-        yield from self._get(target, headers, start)
+        yield from self._get(target, headers, start, stop)
 
     def names(self, folder: str) -> list[str] | None:
         kind, repo, revision, path = self._parts(folder + "/x")

@@ -11,8 +11,10 @@ import numpy as np
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.index import HAS_CHECKSUM
 from wds_convnext.shards.spec import Shard
 from wds_convnext.storage.cache import Cache, CacheSettings, Clock, caching, current_cache
+from wds_convnext.storage.layout import rounded
 from wds_convnext.storage.schedule import Plan
 from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.plan import Ranks, RunPlan, evaluation_uses, largest_buffer
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+_EARLY_SAMPLES = 4096  # that are fetched one by one while their shards are not whole
 _BLOCKS = 8192  # bytes that a file may take more than it has
 
 
@@ -157,7 +160,11 @@ def follow_run(run: "Run", *, is_fresh: bool) -> tuple[list[str], Pace | None, P
     if reasons := gather_lists(reasons, world):
         raise UsageError(reasons[0])
     start = plan.start(run.state.step, validates_first=run.state.owes_validation)
-    pace = _follow(cache, uses, shards, start=start, world=world)
+    early = None
+    if not run.state.owes_validation:
+        room = cache.room - needed
+        early = first_ranges(run, plan, ahead=ahead, max_bytes=room)
+    pace = _follow(cache, uses, shards, start=start, world=world, early=early)
     end = int(plan.time_of(run.schedule.last_step))
     last_pace = Pace(cache, cache.clock(world.local_rank), start=end, first_bytes=0, quiet=True)
     gb = [f"{value / 1e9:.3g} GB" for value in (sizes.sum(), cache.num_bytes, needed)]
@@ -183,11 +190,59 @@ def follow_evaluation(dataset: Dataset, batch_size: int, world: World) -> Pace |
     return _follow(current_cache(), uses, dataset.shards, start=0, world=world)
 
 
-def _follow(cache: Cache, uses: Plan, shards: Sequence[Shard], *, start: int, world: World) -> Pace:
+def first_ranges(run: "Run", plan: RunPlan, *, ahead: int, max_bytes: int) -> np.ndarray:
+    """What the first batches read of remote shards, as `Cache.follow` takes it.
+
+    Args:
+        ahead: batches before its own at which a batch's samples are fetched.
+        max_bytes: of all of them together; those of later batches are left out.
+    """
+    index, shards, ranks = run.train_data.index, run.train_data.shards, plan.ranks
+    found, num_bytes = list[tuple[int, int, int, int]](), 0
+    first_batch = run.state.step * plan.accumulate
+    last_batch = run.schedule.last_step * plan.accumulate
+    num_batches = max(ahead, _EARLY_SAMPLES // (ranks.batch_size * (ranks.stop - ranks.first)))
+    assert index is not None
+    for batch in range(first_batch, min(first_batch + num_batches, last_batch)):
+        step, micro = divmod(batch, plan.accumulate)
+        time = int(plan.time_of(step)) + micro - ahead
+        for rank in range(ranks.first, ranks.stop):
+            refs = run.order.micro_batch(
+                batch, batch_size=ranks.batch_size, rank=rank, world_size=ranks.world_size
+            )
+            for number in refs.number.tolist():
+                shard, sample = run.train_data.locate(number)
+                record = index.record(shard, sample)
+                if not shards[shard].is_remote or not record.flags & HAS_CHECKSUM:
+                    continue
+                num_bytes += rounded(record.num_bytes)
+                if num_bytes > max_bytes:
+                    return _table(found, ahead)
+                found.append((time, shard, record.start, record.num_bytes))
+    return _table(found, ahead)
+
+
+def _table(ranges: list[tuple[int, int, int, int]], ahead: int) -> np.ndarray:
+    """Ranges as `Cache.follow` takes them; a last one without bytes ends them after their batch."""
+    if ranges:
+        time, shard, *_ = ranges[-1]
+        ranges = [*ranges, (time + ahead + 1, shard, 0, 0)]
+    return np.array(ranges, np.int64).reshape(-1, 4).T
+
+
+def _follow(
+    cache: Cache,
+    uses: Plan,
+    shards: Sequence[Shard],
+    *,
+    start: int,
+    world: World,
+    early: np.ndarray | None = None,
+) -> Pace:
     here = np.array([shard.is_remote for shard in shards])[uses.object]
     plan = Plan(uses.object[here], uses.first[here], uses.last[here])
     paths = [shard.path for shard in shards]
-    cache.follow(plan, paths, start=start, num_ranks=world.local_size)
+    cache.follow(plan, paths, start=start, num_ranks=world.local_size, first=early)
     gather_lists([], world)  # the first rank of each node has written the clock
     first = np.unique(plan.object[(plan.first <= start) & (start <= plan.last)]).tolist()
     absent = (shards[n].num_bytes or 0 for n in first if not os.path.exists(shards[n].path))
