@@ -1,11 +1,12 @@
-"""How long a trainer waits for its next batch: in mid-epoch, at an epoch's start, at a validation.
+"""How long a trainer waits for its next batch: in mid-epoch, at epochs, validations, checkpoints.
 
     python tools/bench/bench_waits.py PARQUET --epochs 6
 
 A step is a pause of 1.3 times what the loader needs for a batch, so a loader that never stalls has
-the next batch ready. After each epoch PARQUET's images are validated on, too. Ours is one loader
-for both; the article's are two DataLoaders with `persistent_workers`, each used once before the
-clock starts. Waits for a batch in ms, median and highest; n is their number.
+the next batch ready. After every second epoch PARQUET's images are validated on, too; in the middle
+of each epoch ours writes a checkpoint of CHECKPOINT_MB with the trainer's own function. Ours is one
+loader for both; the article's are two DataLoaders with `persistent_workers`, each used once before
+the clock starts. Waits for a batch in ms, median and highest; n is their number.
 """
 
 import io
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import click
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,14 +31,17 @@ from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import EvalTransform, TrainTransform
+from wds_convnext.training.checkpoint import save_checkpoint
 
 BATCH_SIZE, IMAGE_SIZE = 32, 224
+CHECKPOINT_MB = 115  # the weights of convnext_tiny
 PAUSE = 1.3  # of the time that the loader needs for a batch
-START, MIDDLE, VALIDATION, AFTER = (
+START, MIDDLE, VALIDATION, AFTER, SAVED = (
     "first of an epoch",
     "in mid-epoch",
     "first of a validation",
     "first after a validation",
+    "first after a checkpoint",
 )
 Takes = Iterator[tuple[str, Callable]]  # which batch comes, and what waits for it
 
@@ -50,10 +55,16 @@ def ours(folder: Path, workers: int) -> Takes:
     train = stream_of(order, transform=TrainTransform(IMAGE_SIZE))
     stream = ValidatedStream(train, validation, accumulate=1, is_due=is_due)
     take = partial(next, make_loader(stream, workers=workers))
+    checkpoint = {"model": torch.zeros(CHECKPOINT_MB * 250_000)}
+    middle = len(dataset) // BATCH_SIZE // 2
     kind = START
     for step in count(1):
         yield kind, take
-        kind = START if order.epoch_of(step) > order.epoch_of(step - 1) else MIDDLE
+        epoch = order.epoch_of(step)
+        kind = START if epoch > order.epoch_of(step - 1) else MIDDLE
+        if step == order.steps_of(epoch).start + middle:
+            save_checkpoint(folder / "checkpoint.pt", checkpoint)
+            kind = SAVED
         if is_due(step):
             yield VALIDATION, take
             for _ in range(validation.stop - 1):
@@ -140,15 +151,14 @@ def measure(takes: Takes, num_batches: int, name: str) -> dict[str, list[float]]
 def main(parquet: Path, workers: int, batches: int) -> None:
     """Measure the waits for batches of PARQUET's training images."""
     with tempfile.TemporaryDirectory() as folder:
-        convert(str(parquet), out=folder, jobs=workers, quiet=True)
+        convert(str(parquet), out=folder, jobs=workers, check="decode", quiet=True)
         for name, takes in (
             ("ours", ours(Path(folder), workers)),
             ("the article's", article(parquet, workers)),
         ):
             waits = measure(takes, batches, name)
             takes.close()
-            for kind in (MIDDLE, START, VALIDATION, AFTER):
-                times = waits[kind]
+            for kind, times in waits.items():
                 print(
                     f"{name:14}{kind:26}median {statistics.median(times):7.1f} ms   "
                     f"highest {max(times):7.1f} ms   n = {len(times)}"
