@@ -17,7 +17,7 @@ from wds_convnext.rng import uniform
 from wds_convnext.stream.erasing import NUM_DRAWS, erased_box
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.augment import Mixer, Normalizer
-from wds_convnext.training.erase import erase, normal
+from wds_convnext.training.erase import erase, erase_unread, normal
 from wds_convnext.training.step import augment_on_device
 
 draw = st.floats(0, 1, exclude_max=True)
@@ -47,7 +47,8 @@ def test_erased_pixels_are_timms(draws, size, probability):
     key = int(draws[-1] * 2**53)
     noise = normal(torch.tensor(key), torch.arange(3 * size * size)).view(3, size, size)
 
-    ours = erase(image, torch.tensor([[*(box or (0,) * 4), key]]))
+    erasures = torch.tensor([[*(box or (0,) * 4), key]])
+    ours, unread = erase(image.clone(), erasures), erase_unread(image, erasures)
 
     with pytest.MonkeyPatch.context() as patch:
         Told(patch, draws)
@@ -55,7 +56,7 @@ def test_erased_pixels_are_timms(draws, size, probability):
             rows, columns = (slice(start, start + n) for start, n in zip(box[:2], box[2:]))
             patch.setattr(torch.Tensor, "normal_", lambda _: noise[:, rows, columns])
         theirs = RandomErasing(probability, mode="pixel", device="cpu")(image.clone())
-    assert torch.equal(ours, theirs)
+    assert torch.equal(ours, theirs) and torch.equal(unread, theirs)
     assert (box is None) == (draws[0] >= probability)
 
 
