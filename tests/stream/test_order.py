@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,3 +282,61 @@ def test_a_sample_is_found_where_the_order_has_it(sizes, buffer, batch, seed):
             batch_refs = order.global_batch(position // batch)
             place = order.place_in_batch(position)
             assert (batch_refs.number[place], batch_refs.epoch[place]) == (number, epoch)
+
+
+@settings(max_examples=30)
+@given(
+    sizes=shard_sizes,
+    buffer=st.integers(1, 80),
+    batch=st.integers(1, 20),
+    repeats=st.integers(2, 4),
+)
+def test_repeats_are_the_order_itself_with_each_position_several_times(
+    sizes, buffer, batch, repeats
+):
+    """In a row, numbered from 0, each with a key of its own; copy 0 has the key of today."""
+    once = make_order(sizes, batch=batch, buffer=buffer)
+    order = replace(once, repeats=repeats)
+    positions = np.arange(3 * repeats * once.num_samples)
+
+    refs, lane = order.at(positions)
+
+    expected, lane_once = once.at(np.arange(3 * once.num_samples))
+    assert np.array_equal(refs.number, np.repeat(expected.number, repeats))
+    assert np.array_equal(lane, np.repeat(lane_once, repeats))
+    assert np.array_equal(refs.copy, positions % repeats)
+    keys = order.sample_keys(refs)
+    assert len(set(keys.tolist())) == len(keys)
+    assert np.array_equal(keys[::repeats], once.sample_keys(expected))
+    assert order.num_samples == once.num_samples and order.num_steps(2) == once.num_steps(2)
+
+
+@settings(max_examples=30)
+@given(
+    sizes=shard_sizes,
+    buffer=st.integers(1, 80),
+    batch=st.integers(1, 20),
+    repeats=st.integers(1, 4),
+    start=st.integers(0, 5),
+)
+def test_repeated_samples_are_found_where_the_order_has_them(sizes, buffer, batch, repeats, start):
+    """`positions_of`, `place_in_batch` and `pieces_of`, in epochs that are parts of a pass."""
+    order = replace(make_order(sizes, batch=batch, buffer=buffer), repeats=repeats)
+    epochs = range(start, start + 2)
+    positions = np.arange(epochs.start * order.num_samples, epochs.stop * order.num_samples)
+    refs, _ = order.at(positions)
+    shard = np.searchsorted(np.cumsum(sizes), refs.number, side="right")
+
+    for number in {0, order.num_samples // 2, order.num_samples - 1}:
+        found = order.positions_of(number, epochs)
+        assert found.tolist() == positions[refs.number == number].tolist()
+        for position in found.tolist():
+            batch_refs = order.global_batch(position // batch)
+            place, (at, _) = order.place_in_batch(position), order.at(np.array([position]))
+            assert batch_refs.number[place] == number and batch_refs.copy[place] == at.copy[0]
+    for epoch in epochs:
+        pieces = order.pieces_of(epoch)
+        for position, needed in zip(positions.tolist(), shard.tolist()):
+            if position // order.num_samples == epoch:
+                covers = (pieces.first <= position) & (position <= pieces.last)
+                assert needed in pieces.shard[covers]

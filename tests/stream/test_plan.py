@@ -13,10 +13,21 @@ from wds_convnext.stream.weighting import Weighting
 
 
 def make_run(
-    sizes, *, batch=4, accumulate=1, ranks=(0, 1, 1), buffer=8, lanes=3, epochs=3, weighted=False
+    sizes,
+    *,
+    batch=4,
+    accumulate=1,
+    ranks=(0, 1, 1),
+    buffer=8,
+    lanes=3,
+    epochs=3,
+    weighted=False,
+    repeats=1,
 ):
     first, stop, world = ranks
-    order = TrainOrder(np.array(sizes), 7, batch * accumulate * world, buffer, lanes)
+    order = TrainOrder(
+        np.array(sizes), 7, batch * accumulate * world, buffer, lanes, repeats=repeats
+    )
     if weighted:  # the first samples three times an epoch, the last hardly
         group = np.sort(np.arange(sum(sizes), dtype=np.int32) % 2)
         shares = np.where(np.bincount(group, minlength=2), [3 * (group == 0).sum(), 1], 0)
@@ -52,11 +63,12 @@ def batches_of(run, rank):
     st.sampled_from([1, 5, 8, 100]),
     st.integers(1, 5),
     st.booleans(),
+    st.integers(1, 4),
 )
 def test_every_batch_finds_its_shards_in_the_plan(
-    sizes, batch, accumulate, ranks, buffer, lanes, weighted
+    sizes, batch, accumulate, ranks, buffer, lanes, weighted, repeats
 ):
-    """Whatever sizes, ranks, windows, lanes and weights: what a rank reads is planned for then."""
+    """Whatever sizes, ranks, windows, lanes, weights, repeats: what a rank reads is planned."""
     run = make_run(
         sizes,
         batch=batch,
@@ -65,6 +77,7 @@ def test_every_batch_finds_its_shards_in_the_plan(
         buffer=buffer,
         lanes=lanes,
         weighted=weighted,
+        repeats=repeats,
     )
     uses = run.uses()
 

@@ -55,7 +55,7 @@ def test_facts_of_version_0_1_0_are_read():
     assert facts.environment["wds_convnext"] == "0.1.0" and facts.config["epochs"] == 3
     again = facts.to_dict()
     assert again.keys() == stored.keys()
-    assert again["data"] == stored["data"] | {"weighting": None}
+    assert again["data"] == stored["data"] | {"weighting": None, "repeats": 1}
     assert all(again[name] == stored[name] for name in stored.keys() - {"preprocessing", "data"})
 
 

@@ -68,6 +68,10 @@ EXTRAS = {
     "--batch-size": 4,
     "--drop-path-rate": 0.3,
     "--epochs": 10,
+    "--auto-augment": "rand-m9-n1",
+    "--random-erasing": 0.5,
+    "--repeated-augmentation": 2,
+    "--mixing-off-epochs": 3,
 }
 
 

@@ -168,6 +168,7 @@ def _examine(config: DoctorConfig, *, quiet: bool) -> Case:
         global_batch_size=config.batch_size * config.accumulate * config.ranks,
         shuffle_buffer=config.shuffle_buffer,
         weighting=build_weighting(config, train_data),
+        repeats=config.repeated_augmentation,
     )
     with Workers(jobs) as workers:
         splits = [

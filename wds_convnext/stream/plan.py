@@ -111,7 +111,7 @@ class RunPlan:
             # A global batch is sorted by lane and cut into ranks. It has batch / lanes samples of a
             # lane, and of so many lanes together up to lanes / 4 more or less; twice that where it
             # straddles two epochs.
-            per_lane, slack = batch / num_lanes, num_lanes / 2
+            per_lane, slack = batch / num_lanes, order.repeats * num_lanes / 2
             begin = pieces.lane * per_lane - slack
             end = (pieces.lane + 1) * per_lane + slack
             share = batch / ranks.world_size

@@ -47,6 +47,7 @@ class DataFacts:
     shuffle_buffer: int
     num_lanes: int
     weighting: str | None = None  # its digest; None where every sample comes once an epoch
+    repeats: int = 1  # how often each comes in a row
 
 
 @dataclass(frozen=True)

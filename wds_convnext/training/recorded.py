@@ -95,5 +95,6 @@ def open_recorded_run(
             shuffle_buffer=facts.data.shuffle_buffer,
             num_lanes=facts.data.num_lanes,
             weighting=build_weighting(config, dataset),
+            repeats=facts.data.repeats,
         ),
     )

@@ -164,6 +164,7 @@ def open_run(
         global_batch_size=config.batch_size * config.accumulate * machine.world.size,
         shuffle_buffer=config.shuffle_buffer,
         weighting=build_weighting(config, train_data),
+        repeats=config.repeated_augmentation,
     )
     weights = class_weights(config, train_data)
     facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
@@ -293,6 +294,7 @@ def _facts(
             shuffle_buffer=order.shuffle_buffer,
             num_lanes=order.num_lanes,
             weighting=order.weighting.digest if order.weighting else None,
+            repeats=order.repeats,
         ),
         dataset=train_data.name,
         val_shards=val_spec and absolute_spec(val_spec),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import click
 
 from wds_convnext.config.fields import (
+    COUNT,
     FRACTION,
     NON_NEGATIVE,
     AutoAugment,
@@ -41,6 +42,13 @@ class AugmentationOptions(Config):
     )
     hflip: float = option(
         0.5, "Probability of a horizontal flip.", group="Augmentation", type=FRACTION
+    )
+    repeated_augmentation: int = option(
+        1,
+        "How often a sample comes in a row, each time with other draws. An epoch stays as long, so "
+        "it has the N-th part of the samples.",
+        group="Augmentation",
+        type=COUNT,
     )
     auto_augment: str = option(
         "none",
