@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import CLASS_NAMES, HANG_S, TINY_RUN, sample_members, write_parquet, write_tar
 
 from wds_convnext.cli import main
 from wds_convnext.conversion import convert
+from wds_convnext.errors import UsageError
+from wds_convnext.training.modelnames import check_model_name, model_names
 
 
 def call(capsys, *args) -> tuple[int, str, str]:
@@ -248,6 +251,28 @@ def test_help_is_complete_grouped_and_instant(capsys):
     assert loaded.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_list_of_commands_fits_80_columns(capsys, monkeypatch):
+    """Each with its whole sentence."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    code, out, _ = call(capsys, "--help")
+
+    assert code == 0 and "  predict  " in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "..." not in out.partition("Commands:")[2]
+
+
+def test_names_of_models_are_known_without_importing_them():
+    """Exactly timm's; a tag, and a name that timm still maps to another, are taken."""
+    names, _ = model_names()
+
+    assert names == set(timm.list_models())
+    check_model_name("convnext_tiny.fb_in22k")
+    check_model_name("convnext_tiny_in22ft1k")
+    with pytest.raises(UsageError, match="timm has no such model. Did you mean convnext_base"):
+        check_model_name("convnext_bas")
+
+
 def test_a_resume_takes_the_runs_own_options(capsys, finished, tmp_path):
     """Only --resume is given: everything else comes from the run's config.toml."""
     shutil.copytree(finished, tmp_path / "run")
@@ -346,6 +371,11 @@ def test_a_resume_as_something_else_is_one_line(capsys, finished, option, said):
         (["train", "--shards", "a.tar", "--init-from", "w.pt"], "--init-from w.pt: no such file"),
         (["train", "--shards", "a.tar", "b.tar", "c.tar"], "b.tar, c.tar: 2 arguments too many"),
         (["train", "--shards", "a.tar", "--lr", "-1"], "--lr -1: expected a number > 0"),
+        (["train", "--shards", "a.tar", "--model", "convnxt_base"], "mean convnext_base"),
+        (["train", "--shard", "a.tar"], "--shard: no such option. Did you mean --shards"),
+        (["train", "--lr"], "Option '--lr' requires an argument. See "),
+        (["inspect"], "Missing argument 'SHARDS'. See "),
+        (["trian"], "trian: no such command. Did you mean train"),
         (["verify", "a.tar", "b.tar"], "quote it: 'data/train-{000..012}.tar'"),
         (["train", "--resume", "gone"], "--resume gone: no such file or folder"),
         (["train", "--resume"], "runs/: no run here"),

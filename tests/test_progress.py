@@ -160,7 +160,9 @@ def test_on_a_terminal_a_long_line_breaks_between_words():
     termios.tcsetwinsize(terminal, (25, 40))
     with os.fdopen(terminal, "w") as stream:
         text = fit_terminal(
-            f"{path}: no such file. Name one that is there, or make it.\nend", stream
+            f"{path}: no such file. Name one that is there, or make it.\n"
+            "next: wds-convnext train --shards data/train.json --epochs 3",
+            stream,
         )
     os.close(reader)
 
@@ -168,7 +170,7 @@ def test_on_a_terminal_a_long_line_breaks_between_words():
         f"{path}:",
         "    no such file. Name one that is",
         "    there, or make it.",
-        "end",
+        "next: wds-convnext train --shards data/train.json --epochs 3",  # to be copied
     ]
     assert fit_terminal("word " * 50, io.StringIO()) == "word " * 50
 

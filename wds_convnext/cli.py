@@ -7,16 +7,29 @@ import click
 
 from wds_convnext import __version__, errors
 from wds_convnext.commands import data, models, training
-from wds_convnext.errors import UsageError, WdsConvnextError
+from wds_convnext.errors import UsageError, WdsConvnextError, did_you_mean
 from wds_convnext.progress import fit_terminal, outlasting_output
 
 
+class CommandGroup(click.Group):
+    """A group of commands that refuses a name in one line, as the commands refuse options."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], self.commands)
+            raise UsageError(f"{args[0]}: no such command.{hint} See {ctx.command_path} --help.")
+        return super().resolve_command(ctx, args)
+
+
 @click.group(
+    cls=CommandGroup,
     context_settings={
         "auto_envvar_prefix": "WDS_CONVNEXT",
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
-    }
+    },
 )
 @click.version_option(__version__, package_name="wds-convnext")
 def commands() -> None:

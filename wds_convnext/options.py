@@ -138,7 +138,10 @@ class GroupedCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.allow_extra_args = True  # they are refused here, with advice
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise in_one_line(error, ctx) from None
         if ctx.args:
             what = "argument" if len(ctx.args) == 1 else "arguments"
             raise UsageError(
@@ -164,6 +167,15 @@ class GroupedCommand(click.Command):
                 continue
             with formatter.section(group):
                 formatter.write_dl(records)
+
+
+def in_one_line(error: click.UsageError, ctx: click.Context) -> UsageError:
+    """What click found wrong with a command's arguments, in our words where we have better."""
+    text = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        known = [name for parameter in ctx.command.get_params(ctx) for name in parameter.opts]
+        text = f"{error.option_name}: no such option.{did_you_mean(error.option_name, known)}"
+    return UsageError(f"{text} See {ctx.command_path} --help.")
 
 
 def warn(text: str) -> None:

@@ -16,6 +16,7 @@ from wds_convnext.errors import printable
 Item = TypeVar("Item")
 
 _LINE_EVERY_S = 10.0
+_COPIED = ("next: ", "wds-convnext ", "tensorboard ")
 # tqdm's own, but for the rate, which tqdm turns into seconds per unit where it is below one.
 _BAR = (
     "{desc}: {percentage:3.0f}%|{bar}| {n:,.0f}/{total:,.0f} "
@@ -130,9 +131,9 @@ def track(
             progress.add(1)
 
 
-def say(text: str) -> None:
-    """Print a line on stdout, above the bars that are on the screen."""
-    tqdm.write(fit_terminal(text, sys.stdout))
+def say(text: str, *, wrap: bool = True) -> None:
+    """Print text on stdout, above the bars that are on the screen."""
+    tqdm.write(fit_terminal(text, sys.stdout) if wrap else text)
     sys.stdout.flush()
 
 
@@ -144,14 +145,16 @@ def warn(text: str) -> None:
 def fit_terminal(text: str, stream: TextIO) -> str:
     """Break lines that are wider than the terminal between words; elsewhere text stays as it is.
 
-    Not for commands, which are copied.
+    Commands are copied, so lines that begin with one or with `next:` stay whole.
     """
     if not stream.isatty():
         return text
     with suppress(OSError):
         if columns := os.get_terminal_size(stream.fileno()).columns:
             return "\n".join(
-                textwrap.fill(
+                line
+                if line.lstrip().startswith(_COPIED)
+                else textwrap.fill(
                     line,
                     columns,
                     subsequent_indent="    ",

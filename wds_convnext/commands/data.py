@@ -15,6 +15,7 @@ from wds_convnext.config import (
     VerifyConfig,
 )
 from wds_convnext.options import GroupedCommand, add_options
+from wds_convnext.progress import say
 
 
 @click.command(
@@ -28,7 +29,7 @@ wds-convnext shards photos.parquet --out data --label-column species --on-bad sk
 @click.argument("src")
 @add_options(ShardsConfig)
 def shards(src: str, **options: Any) -> None:
-    """Convert images of any source to tar shards, with manifest and offsets.
+    """Convert images of any source to tar shards with a manifest.
 
     SRC is a folder of class folders (photos/cat/1.jpg, or photos/train/cat/1.jpg), also as a zip
     or tar; a CSV, TSV or JSON lines file of paths and labels; parquet files: a folder of files
@@ -38,7 +39,7 @@ def shards(src: str, **options: Any) -> None:
     """
     from wds_convnext.conversion import convert
 
-    click.echo(convert(src, ShardsConfig(**options)))
+    say(str(convert(src, ShardsConfig(**options))))
 
 
 @click.command(
@@ -51,7 +52,7 @@ wds-convnext verify data --against mini-imagenet
 @click.argument("shards")
 @add_options(VerifyConfig)
 def verify(shards: str, **options: Any) -> None:
-    """Check shards against their manifest, their offsets and, if given, their input.
+    """Check shards against their manifest, offsets and source.
 
     SHARDS is as for training; a folder stands for all splits in it.
 
@@ -62,7 +63,7 @@ def verify(shards: str, **options: Any) -> None:
 
     config = VerifyConfig(**options)
     report = verify_shards(shards, config)
-    click.echo(json.dumps(report.to_json()) if config.json else report)
+    _show(report.to_json() if config.json else str(report))
     sys.exit(1 if report.problems else 0)
 
 
@@ -76,7 +77,7 @@ wds-convnext inspect 'data/train-<000..012>.tar' --shuffle-buffer 10000
 @click.argument("shards")
 @add_options(InspectConfig)
 def inspect(shards: str, **options: Any) -> None:
-    """Describe shards: counts, classes, image sizes, and how well training will mix the labels.
+    """Describe shards: counts, classes, image sizes, label mix.
 
     SHARDS is as for training; a folder stands for all splits in it. Parquet files (a folder, a
     glob, a file) are described, too: schema, rows, row groups, compression.
@@ -88,7 +89,7 @@ def inspect(shards: str, **options: Any) -> None:
     if config.json:
         click.echo(json.dumps({"splits": [summary.to_json() for summary in summaries]}))
     else:
-        click.echo("\n".join(line for summary in summaries for line in summary.lines()))
+        say("\n".join(line for summary in summaries for line in summary.lines()))
 
 
 @click.command(
@@ -109,7 +110,7 @@ def bench(shards: str, **options: Any) -> None:
 
     config = BenchConfig(**options)
     report = bench_loader(shards, config)
-    click.echo(json.dumps(report.to_json()) if config.json else "\n".join(report.lines()))
+    _show(report.to_json() if config.json else "\n".join(report.lines()))
 
 
 @click.command(
@@ -131,7 +132,7 @@ def index(shards: str, **options: Any) -> None:
 
     config = IndexConfig(**options)
     report = index_shards(shards, config)
-    click.echo(json.dumps(report.to_json()) if config.json else report)
+    _show(report.to_json() if config.json else str(report))
 
 
 @click.command(
@@ -144,7 +145,7 @@ wds-convnext cache data/train.json --ranks 64 --nodes 8 --shuffle-buffer 10000
 @click.argument("shards")
 @add_options(CacheConfig)
 def cache(shards: str, **options: Any) -> None:
-    """Say what a cache of remote shards would have to hold, and what would be fetched.
+    """Say what a cache of remote shards would hold and fetch.
 
     SHARDS is as for training. The order of a training is arithmetic, so all of it is known
     beforehand: how large the cache has to be, what the first batch waits for, and what each epoch
@@ -154,4 +155,12 @@ def cache(shards: str, **options: Any) -> None:
 
     config = CacheConfig(**options)
     report = plan_cache(shards, config)
-    click.echo(json.dumps(report.to_json()) if config.json else "\n".join(report.lines()))
+    _show(report.to_json() if config.json else "\n".join(report.lines()))
+
+
+def _show(report: dict | str) -> None:
+    """Print a report as one line of JSON, or as text that fits the terminal."""
+    if isinstance(report, str):
+        say(report)
+    else:
+        click.echo(json.dumps(report))

@@ -7,6 +7,7 @@ import click
 
 from wds_convnext.config import ExportConfig, PredictConfig, ReportConfig
 from wds_convnext.options import GroupedCommand, add_options
+from wds_convnext.progress import say, warn
 
 
 @click.command(
@@ -21,7 +22,7 @@ wds-convnext predict runs/big - --out predictions.csv < list.txt
 @click.argument("images", nargs=-1, required=True)
 @add_options(PredictConfig)
 def predict(model: str, images: tuple[str, ...], **options: Any) -> None:
-    """Say what images show, with the pixels and the weights that eval uses.
+    """Say what images show, with eval's pixels and weights.
 
     MODEL is a run's folder (its best checkpoint), a checkpoint or an exported folder. IMAGES are
     files, folders, zips, shards, or - for a list of files on stdin, ended by line ends or NULs.
@@ -37,7 +38,7 @@ def predict(model: str, images: tuple[str, ...], **options: Any) -> None:
 
     report = predict_images(named, images, config)
     if report.num_bad or config.out is not None:
-        click.echo(report, err=config.out is None)
+        (say if config.out is not None else warn)(str(report))
     sys.exit(1 if report.num_bad else 0)
 
 
@@ -51,7 +52,7 @@ wds-convnext export runs/big --to exported --onnx --pt2 --shards data/test.json
 @click.argument("run")
 @add_options(ExportConfig)
 def export(run: str, **options: Any) -> None:
-    """Write a model as files that others load, after comparing them with it.
+    """Write a model as files for others, after comparing them.
 
     RUN is a run's folder (its best checkpoint) or a checkpoint. The folder has model.safetensors
     and config.json as on the Hugging Face Hub, and a model card, README.md.
@@ -63,7 +64,7 @@ def export(run: str, **options: Any) -> None:
     named = str(best_checkpoint(run))  # looked for before torch is imported, which takes seconds
     from wds_convnext.report.export import export as export_model
 
-    click.echo(export_model(named, config))
+    say(str(export_model(named, config)))
 
 
 @click.command(
@@ -78,7 +79,7 @@ wds-convnext report runs/small runs/big
 @click.argument("other", required=False)
 @add_options(ReportConfig)
 def report(run: str, other: str | None, **options: Any) -> None:
-    """Show what a model gets right and wrong, as a page and as pictures.
+    """Show what a model gets right and wrong, as a page.
 
     RUN is a run's folder (its best checkpoint), a checkpoint or an exported folder. With OTHER, the
     page compares the two on the same samples: McNemar's test, and the images that changed.
@@ -92,4 +93,4 @@ def report(run: str, other: str | None, **options: Any) -> None:
     other = other and str(best_checkpoint(other))
     from wds_convnext.report.write import write_report
 
-    click.echo(write_report(named, other, config))
+    say(str(write_report(named, other, config)))

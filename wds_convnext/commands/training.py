@@ -23,7 +23,7 @@ from wds_convnext.options import (
     toml_layer,
     warn,
 )
-from wds_convnext.progress import fit_terminal, say
+from wds_convnext.progress import say
 from wds_convnext.urls import names_remote, redacted
 
 
@@ -92,10 +92,13 @@ def _say_what_is_read(config: TrainConfig) -> None:
     """The first line of a run: what its options name, so that a typo costs no time.
 
     Raises:
-        WdsConvnextError: if shards or files that options name are not there.
+        WdsConvnextError: if shards, files or a model that options name are not there.
     """
     from wds_convnext.shards.expand import expand_spec, local_path
+    from wds_convnext.training.modelnames import check_model_name
 
+    if config.model and not config.resume:
+        check_model_name(config.model)
     specs = [config.require_shards(), *([config.val_shards] if config.val_shards else [])]
     if any(map(names_remote, specs)):
         for part in (part for spec in specs for part in spec.split(",")):
@@ -148,7 +151,7 @@ wds-convnext doctor data/train.json --model convnext_tiny --ranks 8 --json
 @add_train_options(DoctorConfig)
 @click.pass_context
 def doctor(ctx: click.Context, spec: str | None, **options: Any) -> None:
-    """Look at a training before it is started: its data, its options, this machine.
+    """Look at data, options and machine before a training starts.
 
     It takes the options of train: write doctor in place of train. Every image's header and bytes
     are read, in all splits; each finding says what was found, why it matters and what to do.
@@ -160,7 +163,10 @@ def doctor(ctx: click.Context, spec: str | None, **options: Any) -> None:
     from wds_convnext.check.doctor import doctor as examine
 
     report = examine(spec, DoctorConfig(**options))
-    click.echo(json.dumps(report.to_json()) if options["json"] else report)
+    if options["json"]:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        say(str(report))
     sys.exit(1 if report.findings else 0)
 
 
@@ -208,7 +214,7 @@ def evaluate(checkpoints: tuple[str, ...], **options: Any) -> None:
         objects = [format_json(score.to_json()) for score in scores]
         click.echo(objects[0] if len(objects) == 1 else f"[{', '.join(objects)}]")
         return
-    click.echo("\n".join(scores[0].lines() if len(scores) == 1 else table(scores)))
+    say("\n".join(scores[0].lines() if len(scores) == 1 else table(scores)))
 
 
 @click.command(
@@ -243,4 +249,4 @@ def explain(run: str | None, **options: Any) -> None:
     if config.json:
         click.echo(format_json(explanation.to_json()))
     else:
-        click.echo(fit_terminal("\n".join(explanation.lines()), sys.stdout))
+        say("\n".join(explanation.lines()))

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import click
-
 from wds_convnext.errors import UsageError, printable
 from wds_convnext.files import replacing, unwritable
+from wds_convnext.progress import say
 from wds_convnext.report.classifier import Prediction
 
 Write = Callable[[Sequence[Prediction]], None]
@@ -27,13 +26,13 @@ def write_table(predictions: Sequence[Prediction]) -> None:
         guesses = [f"{g.probability:7.2%} {printable(g.class_name)}" for g in prediction.guesses]
         if prediction.error is not None:
             guesses = [f"not read: {prediction.error}"]
-        click.echo(f"{name:{width}}  " + "  ".join(guesses))
+        say(f"{name:{width}}  " + "  ".join(guesses))
 
 
 def write_json_lines(predictions: Sequence[Prediction]) -> None:
     """Print a JSON object for each image."""
     for prediction in predictions:
-        click.echo(json.dumps(prediction.to_json()))
+        say(json.dumps(prediction.to_json()), wrap=False)
 
 
 @contextmanager

@@ -120,8 +120,8 @@ class Run:
         return (
             f"{self.facts.model}: {num_parameters / 1e6:.1f} M parameters, "
             f"{work} per training image{peak}\n"
-            f"{data.name}: {len(data):,} samples in {len(data.shards)} shards, {validation}, "
-            f"{data.num_classes} classes\n"
+            f"{data.name}: {len(data):,} samples in {len(data.shards)} "
+            f"shard{'s' * (len(data.shards) > 1)}, {validation}, {data.num_classes} classes\n"
             f"{config.epochs} epoch{'s' * (config.epochs > 1)} of "
             f"{order.num_samples / order.global_batch_size:.1f} steps, "
             f"global batch {order.global_batch_size}, on {machine.world.size} x {machine.device}, "
