@@ -194,7 +194,8 @@ class Config:
             if name not in known:
                 hint = did_you_mean(name, known) or f" There are {', '.join(known)}."
                 raise UsageError(f"{name}: there is no such option.{hint}")
-        return replace(cls() if config is None else config, **options)
+        # Not replace(cls(), …): options that follow from others, as warm-up, would be set already.
+        return cls(**options) if config is None else replace(config, **options)
 
 
 def check_value(spec: Field, value: Any, where: str) -> Any:
