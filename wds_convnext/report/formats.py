@@ -14,6 +14,7 @@ from torch import nn
 
 from wds_convnext.errors import UsageError
 from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.training.model import parse_model_args
 from wds_convnext.training.runs import CONFIG, WEIGHTS
 from wds_convnext.training.stored import OWN, StoredModel
 
@@ -49,6 +50,7 @@ def _config(stored: StoredModel) -> dict[str, Any]:
         "architecture": stored.name.partition(".")[0],
         "num_classes": stored.num_classes,
         "num_features": model.num_features,
+        "model_args": parse_model_args(stored.model_args),
         "label_names": list(stored.class_names),
         "pretrained_cfg": {
             "custom_load": False,

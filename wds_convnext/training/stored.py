@@ -20,7 +20,7 @@ from wds_convnext.training.checkpoint import (
     step_and_facts,
     taking_over,
 )
-from wds_convnext.training.model import create_model, named_args
+from wds_convnext.training.model import create_model, named_args, parse_model_args
 from wds_convnext.training.runs import CONFIG, WEIGHTS, best_checkpoint
 
 OWN = "wds_convnext"  # the part of an exported config.json that timm does not read
@@ -79,8 +79,9 @@ class StoredModel:
         A checkpoint and what was exported from it have the same one.
         """
         facts = [self.name, self.preprocessing.to_dict(), self.class_names]
-        facts += [self.model_args] if self.model_args else []
-        digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
+        # Values, not their text: config.json has a tuple as a list.
+        facts += [parse_model_args(self.model_args)] if self.model_args else []
+        digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True, default=repr).encode())
         for name in sorted(self.state):
             tensor = self.state[name].detach().contiguous()
             digest.update(struct.pack("<q", len(name)) + name.encode())
