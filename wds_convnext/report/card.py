@@ -66,6 +66,7 @@ def model_card(
         "",
         "```python",
         "import timm",
+        *["import wds_convnext.training.thumbnet"] * (stored.name == "thumbnet"),
         "",
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))",

@@ -31,6 +31,8 @@ def create_model(
     import timm  # 1 s; what evaluates a config or prints help does not pay for it
     from timm.models.convnext import ConvNeXtBlock
 
+    import wds_convnext.training.thumbnet  # noqa: F401  registers it with timm
+
     if not timm.is_model(name):
         known = timm.list_models()
         raise UsageError(f"--model {name}: timm has no such model.{did_you_mean(name, known)}")
@@ -152,6 +154,25 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
         raise UsageError(
             f"--image-size {image_size}: the model cannot take it ({reason}). {advice}."
         ) from None
+
+
+def small_image_note(model: nn.Module, image_size: int) -> str | None:
+    """A sentence where the last stage sees less than 4 x 4 places of an image, if timm knows.
+
+    ConvNeXt's stride of 4 leaves 1 x 1 of 32 pixels: CIFAR-10 then ends at 75 %
+    (facebookresearch/ConvNeXt, issue 134).
+    """
+    stages = getattr(model, "feature_info", None)
+    stride = stages[-1].get("reduction") if isinstance(stages, list) and stages else None
+    if not stride or image_size >= 4 * stride:
+        return None
+    side = max(1, image_size // stride)
+    stem = "--model-arg patch_size=1 for a ConvNeXt, " if type(model).__name__ == "ConvNeXt" else ""
+    return (
+        f"--image-size {image_size}: the model's last stage sees {side} x {side} places of it, "
+        f"4 x 4 are usual. More come with --image-size {4 * stride}, {stem}or --model "
+        "thumbnet."
+    )
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from wds_convnext.training.model import (
     check_image_size,
     init_from,
     model_for,
+    small_image_note,
 )
 from wds_convnext.training.optimizer import build_optimizer, keep_lr_on_device
 from wds_convnext.training.pretrained import load_pretrained
@@ -237,7 +238,7 @@ def build_state(
     check_image_size(model, config.image_size)
     if config.batch_size == 1:
         check_batch_of_one(model, config.image_size)
-    notes: list[str] = []
+    notes = list(filter(None, [small_image_note(model, config.image_size)]))
     frozen_norms: tuple[nn.Module, ...] = ()
     if config.init_from and not is_resumed:
         notes.append(init_from(model, config.init_from, class_names=class_names))
