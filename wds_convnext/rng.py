@@ -8,7 +8,8 @@ The permutation is a Feistel network over two unequal digits, with additive roun
 walking (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Chi-square over all
 n! orders of n = 3..7, 600,000 keys: 8 rounds fail for n >= 5 (z = 1132), 16 still fail (z = 9),
 24 pass (all |z| < 1.8). A shuffled array of indices costs 8 bytes per sample in every worker;
-this costs nothing, and 1.4 us per index (batches of 256).
+this costs nothing, and 1.4 us per index (batches of 256). `mix64` in place: 9.1 us instead of 9.6
+per index in batches of 64, on a busy machine; not worth its lines.
 """
 
 import hashlib

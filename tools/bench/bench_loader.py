@@ -169,7 +169,9 @@ def run_rounds(
             num_left = sum(rounds - len(costs) for costs in results.values())
             left_s = (time.monotonic() - started) / num_done * num_left
             rate = f"{cost['images_per_s']:,.0f} images/s"
-            echo(f"round {number} of {rounds}, {name}: {rate}; {left_s:,.0f} s left")
+            cpu = "n/a" if cost["cpu_ms_per_image"] is None else f"{cost['cpu_ms_per_image']:.3f}"
+            told = f"{name}: {rate}, {cpu} CPU ms an image"
+            echo(f"round {number} of {rounds}, {told}; {left_s:,.0f} s left")
     return results
 
 

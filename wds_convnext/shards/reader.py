@@ -4,6 +4,7 @@ A member's tar header stands right before its data. It is read along and compare
 every time, so an offset that no longer fits is an error, never another image. What was read is
 compared with the sample's checksum, so neither is a flipped bit, a swapped label or the index of
 other shards. A `pread` per sample costs about 17 us; iterating over a tar costs 107-141 us.
+Tried and lost: `preadv` into memory that is used again, 8 us instead of 11 for 110 kB.
 """
 
 import errno

@@ -11,6 +11,8 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 - Pillow's resize of the decoded crop 1.74; torchvision's 1.42, and its import in every worker.
 - The crop made contiguous (3, H, W) before the resize 1.46: torch's kernel wants RGB triples.
 - No antialias 1.30: other pixels.
+- The resize by cykooz-resizer (fast_image_resize): 0.20 where torch's takes 0.17, 1 of 255 off. By
+  torch's into the batch itself (`out=`): 0.18, and the copy saved is 0.02.
 - Color jitter in uint8 between the three steps, as torchvision does: 0.17 more; by lookup
   tables: slower.
 """
