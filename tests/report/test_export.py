@@ -55,6 +55,32 @@ def test_eval_and_predict_take_the_folder(exported, trained_run, shards, tmp_pat
     assert open_model(str(trained_run)).digest() == open_model(str(exported.folder)).digest()
 
 
+def test_a_tagged_model_with_arguments_is_exported_with_them(shards, tmp_path):
+    """And with the pixels of its own options."""
+    wc.train(
+        shards=str(shards / "train.json"),
+        out=str(tmp_path / "run"),
+        model="test_vit.r160_in1k",
+        model_arg=["img_size=32", "num_heads=2", "global_pool=avg"],
+        image_size=32,
+        crop_mode="squash",
+        interpolation="bicubic",
+        mean="0.5,0.5,0.5",
+        drop_path_rate=0.0,
+        max_steps=0,
+        device="cpu",
+        workers=0,
+    )
+
+    done = wc.export(str(tmp_path / "run"), to=str(tmp_path / "model"), **CPU)
+
+    assert [check.largest_difference < 1e-4 for check in done.checks] == [True]
+    one, two = open_model(str(tmp_path / "run")), open_model(str(done.folder))
+    assert one.digest() == two.digest()
+    assert one.preprocessing == two.preprocessing
+    assert two.preprocessing.crop_mode == "squash"
+
+
 def test_timm_makes_the_same_pixels_and_names(exported):
     """Within 2 of 255, from its own transform of what config.json says."""
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,6 +95,7 @@ def parse_model_args(model_args: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--model-arg {text[:60]}: {key[:60]} {reason}. Leave it out.")
         try:
             options[key] = ast.literal_eval(value)
+            json.dumps(options[key])  # an export states it so
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             options[key] = value
     return options

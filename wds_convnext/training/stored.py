@@ -78,7 +78,8 @@ class StoredModel:
 
         A checkpoint and what was exported from it have the same one.
         """
-        facts = [self.name, self.preprocessing.to_dict(), self.class_names]
+        architecture = self.name.partition(".")[0]  # an export does not keep timm's tag
+        facts = [architecture, self.preprocessing.to_dict(), self.class_names]
         # Values, not their text: config.json has a tuple as a list.
         facts += [parse_model_args(self.model_args)] if self.model_args else []
         digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True, default=repr).encode())
