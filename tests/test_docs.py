@@ -1,5 +1,6 @@
 """What the documents print is run as it is printed; what they point to is there."""
 
+import json
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HANG_S, encode_image, write_parquet, write_tar
+from hub import serving
 from parquet_sets import image_table, save_to_disk, sorted_rows
 from preloaded import run_preloaded
 
@@ -80,6 +82,52 @@ def test_the_commands_of_the_data_page_run_as_printed(sources, capsys):
             main([*shlex.split(line, comments=True)[1:], "--jobs", "1"])
         assert ended.value.code == 0, capsys.readouterr().err
     assert "wds-convnext verify" in "".join(blocks)
+
+
+@pytest.fixture
+def weights(shards, tmp_path, monkeypatch):
+    """What the page on fine-tuning starts from, the tag on a local stand-in for the Hub."""
+    import torch
+    from safetensors.torch import save_file
+
+    from wds_convnext.training.model import create_model
+
+    shutil.copytree(shards, tmp_path / "data")
+    repository = tmp_path / "hub/timm/convnext_atto.d2_in1k"
+    repository.mkdir(parents=True)
+    model = create_model("convnext_atto", num_classes=1000)
+    config = {"architecture": "convnext_atto", "num_classes": 1000}
+    (repository / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), repository / "model.safetensors")
+    shutil.copytree(repository, tmp_path / "exported")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    short = {"MAX_STEPS": 1, "IMAGE_SIZE": 32, "BATCH_SIZE": 8, "WORKERS": 0, "DEVICE": "cpu"}
+    for name, value in short.items():
+        monkeypatch.setenv(f"WDS_CONVNEXT_TRAIN_{name}", str(value))
+    with serving(tmp_path / "hub") as environment:
+        endpoint = environment["HF_ENDPOINT"]
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield
+
+
+@pytest.mark.slow
+def test_the_commands_on_fine_tuning_run_as_printed(weights, capsys):
+    """For one step each; each starts from the weights that it names."""
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    lines = "".join(re.findall(r"```\n(wds-convnext .*?)```", page, re.DOTALL)).splitlines()
+    assert len(lines) >= 6
+
+    for line in lines:
+        with pytest.raises(SystemExit) as ended:
+            main(shlex.split(line, comments=True)[1:])
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, f"{line}: {printed.err}"
+        assert "Started from " in printed.out
 
 
 def test_the_readme_is_short():
