@@ -82,7 +82,7 @@ class StoredModel:
         facts = [architecture, self.preprocessing.to_dict(), self.class_names]
         # Values, not their text: config.json has a tuple as a list.
         facts += [parse_model_args(self.model_args)] if self.model_args else []
-        digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True, default=repr).encode())
+        digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
         for name in sorted(self.state):
             tensor = self.state[name].detach().contiguous()
             digest.update(struct.pack("<q", len(name)) + name.encode())
