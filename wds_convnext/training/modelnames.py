@@ -8,11 +8,11 @@ from wds_convnext.errors import UsageError, did_you_mean
 
 
 def model_names() -> tuple[set[str], set[str]]:
-    """The names of timm's models, and the keys of its maps, deprecated names among them."""
+    """The names of timm's models and ours, and the keys of its maps: deprecated names, too."""
     spec = find_spec("timm")
     if spec is None or spec.origin is None:
         raise UsageError("timm is not installed. Install it: pip install timm.")
-    files = Path(spec.origin).parent.glob("models/*.py")
+    files = [*Path(spec.origin).parent.glob("models/*.py"), Path(__file__).with_name("thumbnet.py")]
     source = "\n".join(file.read_text(encoding="utf-8") for file in files)
     names = re.findall(r"^@register_model\s+def (\w+)", source, re.MULTILINE)
     return set(names), set(re.findall(r"^\s+'(\w+)': ", source, re.MULTILINE))
