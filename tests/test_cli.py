@@ -374,6 +374,7 @@ def test_a_resume_as_something_else_is_one_line(capsys, finished, option, said):
         (["train", "--shards", "a.tar", "b.tar", "c.tar"], "b.tar, c.tar: 2 arguments too many"),
         (["train", "--shards", "a.tar", "--lr", "-1"], "--lr -1: expected a number > 0"),
         (["train", "--shards", "a.tar", "--model", "convnxt_base"], "mean convnext_base"),
+        (["--foo"], "--foo: no such option. See "),
         (["train", "--shard", "a.tar"], "--shard: no such option. Did you mean --shards"),
         (["train", "--lr"], "Option '--lr' requires an argument. See "),
         (["inspect"], "Missing argument 'SHARDS'. See "),

@@ -8,11 +8,20 @@ import click
 from wds_convnext import __version__, errors
 from wds_convnext.commands import data, models, training
 from wds_convnext.errors import UsageError, WdsConvnextError, did_you_mean
+from wds_convnext.options import in_one_line
 from wds_convnext.progress import fit_terminal, outlasting_output
 
 
 class CommandGroup(click.Group):
-    """A group of commands that refuses a name in one line, as the commands refuse options."""
+    """A group of commands that refuses names and options in one line, as the commands do."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.exceptions.NoArgsIsHelpError:  # is the help
+            raise
+        except click.UsageError as error:
+            raise in_one_line(error, ctx) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
