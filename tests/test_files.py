@@ -1,6 +1,7 @@
 """A file is replaced whole or stays as it was, whatever others left or do next to it."""
 
 import os
+import threading
 
 import pytest
 
@@ -54,3 +55,27 @@ def test_what_a_kill_left_behind_is_not_in_the_way(tmp_path):
 
     assert (tmp_path / "a.json").read_bytes() == b"new"
     assert (tmp_path / "a.json.tmp").read_bytes() == b"half"
+
+
+def test_an_atomic_write_is_never_seen_half_done(tmp_path):
+    """A reader beside the writer sees one content or the other, whole."""
+    path = tmp_path / "train.json"
+    contents = [b"a" * 300_000, b"b" * 500_000]
+    write_atomically(path, contents[0])
+    seen, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.append(path.read_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    num_writes = 0
+    while watcher.is_alive() and (num_writes < 20 or len(set(seen)) < 2):  # however busy the CPU is
+        num_writes += 1
+        write_atomically(path, contents[num_writes % 2])
+    done.set()
+    watcher.join()
+
+    assert set(seen) == set(contents)
+    assert os.listdir(tmp_path) == ["train.json"]

@@ -1,12 +1,9 @@
-"""Specs, manifests and atomic writes: what a name on the command line means, or one line why not.
+"""Specs: what a name on the command line means, or one line why not.
 
 Names are all that counts here, so most files are empty.
 """
 
-import json
-import os
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,12 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wds_convnext.errors import ShardError
-from wds_convnext.files import write_atomically
-from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.expand import expand_spec, find_counterpart
 from wds_convnext.shards.naming import is_held_out, purpose, split_of
 from wds_convnext.shards.spec import (
-    Shard,
     manifest_path,
     staging_path,
 )
@@ -355,132 +349,3 @@ def test_a_shards_manifest_and_staging_folder_stand_beside_it():
     assert manifest_path("data/train-000.tar") == "data/train.json"
     assert manifest_path("train-000.tar") == "train.json"
     assert staging_path("data/train.json") == "data/train.partial"
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-file_names = st.integers(0, 999).map(lambda i: f"train-{i:03d}.tar")
-optional_ints = st.none() | st.integers(0, 2**50)
-
-
-@given(
-    dataset=texts,
-    split=texts,
-    shards=st.lists(st.tuples(file_names, st.integers(0, 10**6), optional_ints, st.none() | texts)),
-    class_names=st.lists(texts),
-    source=st.lists(texts),
-    options=st.dictionaries(texts, st.none() | st.booleans() | st.integers() | texts),
-)
-def test_a_manifest_reads_back_as_written(
-    tmp_path_factory, dataset, split, shards, class_names, source, options
-):
-    """Every field, with any text in it; shards joined to the manifest's folder."""
-    path = tmp_path_factory.getbasetemp() / "train.json"
-    manifest = Dataset(
-        dataset,
-        split,
-        tuple(Shard(str(path.parent / name), *facts) for name, *facts in shards),
-        tuple(class_names),
-        source=tuple(source),
-        options=options,
-    )
-
-    manifest.write_manifest(path)
-
-    found = read_manifest(path)
-    for name in ("name", "split", "shards", "class_names", "source", "options"):
-        assert getattr(found, name) == getattr(manifest, name)
-
-
-def test_a_manifest_has_the_shape_that_wids_reads(tmp_path):
-    """wids asserts version 1 and reads `url` and `nsamples` of each shard."""
-    path = tmp_path / "train.json"
-    Dataset(
-        "mini", "train", (Shard("elsewhere/train-000.tar", 7, 10240, "ab"),), ("x",)
-    ).write_manifest(path)
-
-    content = json.loads(path.read_text())
-
-    assert content["wids_version"] == 1
-    assert content["shardlist"] == [
-        {"url": "train-000.tar", "nsamples": 7, "filesize": 10240, "sha256": "ab"}
-    ]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"{}",
-        b'"text"',
-        b"\xff\xfe",
-        b'{"class_names": [], "shardlist": [{"url": "a.tar"}]}',
-        b'{"class_names": [], "shardlist": [{"url": "a.tar", "nsamples": null}]}',
-        b'{"class_names": [], "shardlist": ["a.tar"]}',
-        b'{"shardlist": []}',
-    ],
-)
-def test_what_is_no_manifest_is_refused_in_one_line(tmp_path, content):
-    """Its path, what is wrong, and what to do."""
-    path = tmp_path / "train.json"
-    path.write_bytes(content)
-
-    with pytest.raises(ShardError) as error:
-        read_manifest(path)
-
-    assert str(error.value).startswith(f"{path}: not a manifest of shards (")
-    assert str(error.value).endswith("Write it again.")
-    assert "\n" not in str(error.value)
-
-
-def test_a_manifest_of_a_newer_version_is_refused(tmp_path):
-    """What a newer version means by its fields is not known here."""
-    manifest = write_shards(tmp_path, [1])
-    manifest.write_text(manifest.read_text().replace("wds_convnext 1", "wds_convnext 2"))
-
-    with pytest.raises(ShardError, match="format 'wds_convnext 2', expected 'wds_convnext 1'"):
-        read_manifest(manifest)
-
-
-def test_the_digest_tells_shard_sets_apart():
-    """Another name, size, checksum or order of shards is another set; another folder is not."""
-    one, two = Shard("a/t-0.tar", 5, 100, "x"), Shard("a/t-1.tar", 5, 100, "y")
-    moved = Shard("b/t-0.tar", 5, 100, "x"), Shard("b/t-1.tar", 5, 100, "y")
-    others = [
-        (two, one),
-        (one,),
-        (one, Shard("a/t-1.tar", 6, 100, "y")),
-        (one, Shard("a/t-1.tar", 5, 101, "y")),
-        (one, Shard("a/t-1.tar", 5, 100, "z")),
-        (one, Shard("a/t-2.tar", 5, 100, "y")),
-    ]
-
-    digests = [Dataset("d", "t", shards, ()).digest for shards in [(one, two), moved, *others]]
-
-    assert digests[0] == digests[1]
-    assert len(set(digests[1:])) == len(others) + 1
-
-
-def test_an_atomic_write_is_never_seen_half_done(tmp_path):
-    """A reader beside the writer sees one content or the other, whole."""
-    path = tmp_path / "train.json"
-    contents = [b"a" * 300_000, b"b" * 500_000]
-    write_atomically(path, contents[0])
-    seen, done = [], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            seen.append(path.read_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    num_writes = 0
-    while watcher.is_alive() and (num_writes < 20 or len(set(seen)) < 2):  # however busy the CPU is
-        num_writes += 1
-        write_atomically(path, contents[num_writes % 2])
-    done.set()
-    watcher.join()
-
-    assert set(seen) == set(contents)
-    assert os.listdir(tmp_path) == ["train.json"]
