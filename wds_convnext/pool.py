@@ -41,7 +41,7 @@ class Workers(AbstractContextManager["Workers"]):
     Args:
         jobs: processes, started when first needed; None for one per CPU core. A script that
             wants more than one runs its work under `if __name__ == "__main__":`.
-        on_start: called once in each process before its first task.
+        on_start: called once in each process before its first task; not by an executor.
         executor: runs the tasks instead. It is not shut down.
     """
 

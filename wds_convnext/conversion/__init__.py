@@ -81,10 +81,10 @@ def convert(
     out = config.out
     try:
         with open_engine(config.engine, executor) as engine:
-            if engine is not None and isinstance(source, str | os.PathLike):
-                source = shared_path(os.fspath(source), is_shared=True)
             if engine is not None:
                 config = replace(config, out=os.path.abspath(out))
+                if isinstance(source, str | os.PathLike):
+                    source = shared_path(os.fspath(source), is_shared=True)
             reports, left_out = _convert(source, config, engine, quiet)
     except OSError as error:
         where = error.filename or out

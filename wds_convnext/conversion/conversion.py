@@ -86,17 +86,17 @@ class Conversion:
         files.append(self.staging.index_name)
         if self.shrink:
             files.append(self.staging.sources_name)
-        must_be_begun, overwrite = self.config.finish, self.config.overwrite
+        config = self.config
         if not self.staging.begin(
-            self.identity, files, overwrite=overwrite, must_be_begun=must_be_begun
+            self.identity, files, overwrite=config.overwrite, must_be_begun=config.finish
         ):
             return self.report_complete()
         lock = self.staging.worker_lock()
         try:
-            with Workers(self.config.jobs, on_start=lock, executor=self.executor) as self.workers:
-                records = self._shuffled() if self.config.shuffle else self._in_order()
+            with Workers(config.jobs, on_start=lock, executor=self.executor) as self.workers:
+                records = self._shuffled() if config.shuffle else self._in_order()
             if records is None:
-                return PartReport(self.split.name, str(self.config.part))
+                return PartReport(self.split.name, str(config.part))
             shards = tuple(
                 Shard(f"{name}.tar", record["num_samples"], record["num_bytes"], record["sha256"])
                 for name, record in zip(self.names, records)

@@ -71,8 +71,9 @@ class ShardWriter(ExitStack):
         self._sidecar = bytearray()
         self._records = bytearray()
         self._sources = bytearray()
-        # A third of the time is SHA-256, which leaves the interpreter free to read meanwhile.
+        # Left in the opposite order: the end is written, the hash is done, the file gets its name.
         self._file = self.enter_context(replacing(path, buffering=0))
+        # A third of the time is SHA-256, which leaves the interpreter free to read meanwhile.
         self._hasher = self.enter_context(ThreadPoolExecutor(1))
         self._hashed = self._hasher.submit(self._hash, b"")
         self.push(self._finish)
