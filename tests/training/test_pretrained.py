@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
-from wds_convnext.config import EvalConfig, TrainConfig
+from wds_convnext.config import DEFAULT_MODEL, EvalConfig, TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError
 from wds_convnext.training.augment import pixels_of
 from wds_convnext.training.checkpoint import Facts, load_checkpoint
@@ -241,3 +242,16 @@ def test_weights_are_never_trusted_to_run_code(tmp_path):
     with pytest.raises(CheckpointError, match="could run code"):
         with_pretrained(TrainConfig(pretrained=str(path), model="test_convnext"))
     assert not victim.exists()
+
+
+@pytest.mark.parametrize("model", [None, "thumbnet", "test_convnext"])
+def test_a_file_of_others_gives_the_pixels_of_its_model(tmp_path, model):
+    """Of the default model, where none is named; a tag that the model lacks is one line."""
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+
+    config = with_pretrained(TrainConfig(pretrained=str(tmp_path / "w.pth"), model=model))
+
+    assert config.model == (model or DEFAULT_MODEL)
+    assert config.image_size is not None and config.mean is not None
+    with pytest.raises(UsageError, match="--model test_convnext.bogus"):
+        with_pretrained(replace(config, model="test_convnext.bogus", mean=None))

@@ -13,6 +13,7 @@ from wds_convnext.config.groups.optimization import REFERENCE_BATCH_SIZE, REFERE
 from wds_convnext.config.models import ExportConfig, PredictConfig, ReportConfig
 from wds_convnext.config.runs import EvalConfig, ExplainConfig
 from wds_convnext.config.training import (
+    DEFAULT_MODEL,
     WARMUP_EPOCHS,
     DoctorConfig,
     TrainConfig,
@@ -20,6 +21,7 @@ from wds_convnext.config.training import (
 )
 
 __all__ = [
+    "DEFAULT_MODEL",
     "REFERENCE_BATCH_SIZE",
     "REFERENCE_LR",
     "BenchConfig",

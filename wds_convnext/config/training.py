@@ -15,7 +15,7 @@ from wds_convnext.errors import UsageError
 
 WARMUP_EPOCHS = 5.0  # the article's; of a run that is short, a tenth of it
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-_MODEL, _IMAGE_SIZE = "convnext_base", 224  # the article's
+DEFAULT_MODEL, _IMAGE_SIZE = "convnext_base", 224  # the article's
 
 
 def local_source(pretrained: str) -> str | None:
@@ -55,7 +55,7 @@ class TrainConfig(
                 "Give the file to one of them; --pretrained takes the pixels over, too."
             )
         if self.pretrained is None:  # else `with_pretrained` fills in what is not given
-            object.__setattr__(self, "model", self.model or _MODEL)
+            object.__setattr__(self, "model", self.model or DEFAULT_MODEL)
             object.__setattr__(self, "image_size", self.image_size or _IMAGE_SIZE)
         if self.color_jitter is None:
             jitter = {"none": 0.4, "3a": 0.3}.get(self.auto_augment, 0.0)

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from wds_convnext.config import TrainConfig, local_source
+from wds_convnext.config import DEFAULT_MODEL, TrainConfig, local_source
 from wds_convnext.door import check_shape, parse_json, read_bounded, text
-from wds_convnext.errors import CheckpointError, UsageError, did_you_mean
+from wds_convnext.errors import CheckpointError, UsageError, did_you_mean, sentence
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.model import init_from, named_args, parse_model_args
 from wds_convnext.training.weights import read_file
@@ -56,7 +56,7 @@ def with_pretrained(config: AnyTrainConfig) -> AnyTrainConfig:
         return config
     source = find_source(config.pretrained, config.model)
     model_args = config.model_arg or source.model_args
-    implied = {"model": source.model or config.model or "convnext_base", **source.pixels}
+    implied = {"model": source.model or config.model or DEFAULT_MODEL, **source.pixels}
     img_size = parse_model_args(model_args).get("img_size")
     if isinstance(img_size, int):
         implied["image_size"] = img_size
@@ -127,7 +127,7 @@ def _from_tag(name: str, model: str | None) -> Source:
     import timm
     from timm.models import get_pretrained_cfg
 
-    whole = (model or "convnext_base") if name == "default" else name
+    whole = (model or DEFAULT_MODEL) if name == "default" else name
     known = timm.list_pretrained()
     if not timm.is_model(whole) or ("." in whole and whole not in known):
         hint = did_you_mean(whole, known)
@@ -154,6 +154,8 @@ def _from_file(name: str, model: str | None) -> Source:
     """A file of weights: a checkpoint of ours says what it was trained on, of others the model."""
     from timm.models import get_pretrained_cfg, is_model
 
+    import wds_convnext.training.thumbnet  # noqa: F401  registers it with timm
+
     facts = read_file(name, option="--pretrained").get("facts")
     if isinstance(facts, dict) and isinstance(facts.get("model"), str):
         try:
@@ -172,7 +174,11 @@ def _from_file(name: str, model: str | None) -> Source:
             pixels=_as_options(stored),
             model_args=tuple(map(str, given)),
         )
-    stated = get_pretrained_cfg(model) if model and is_model(model) else None
+    named = model or DEFAULT_MODEL
+    try:
+        stated = get_pretrained_cfg(named) if is_model(named) else None
+    except RuntimeError as error:  # a tag that is none of this model's
+        raise UsageError(f"--model {named}: {sentence(error)}") from None
     pixels = pixels_of_timm(stated.to_dict(), name) if stated else {}
     return Source(name, path=name, pixels=pixels)
 
