@@ -1,7 +1,6 @@
 """URLs of remote shards: taken apart, put together, and kept free of secrets."""
 
 import re
-from collections.abc import Iterable
 
 from wds_convnext.errors import UsageError
 
@@ -66,8 +65,7 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def refuse_remote(texts: Iterable[str], *, what: str) -> None:
-    """Raise UsageError if one of these is a URL, where that is not possible: `what` says why."""
-    for text in texts:
-        if is_remote(text):
-            raise UsageError(f"{redacted(text)}: {what}. Do it with a local copy.")
+def refuse_remote(spec: str, *, what: str) -> None:
+    """Raise UsageError if a spec names a URL, where that is not possible: `what` says why."""
+    if names_remote(spec):
+        raise UsageError(f"{redacted(spec)}: {what}. Do it with a local copy.")

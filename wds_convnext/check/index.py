@@ -105,7 +105,7 @@ def index(
     """
     started = time.monotonic()
     config = IndexConfig.of(config, options)
-    refuse_remote(spec.split(","), what="index writes next to the shards, but not to stores")
+    refuse_remote(spec, what="index writes next to the shards, but not to stores")
     label_field = config.label_field
     class_names = read_class_names(config.class_names) if config.class_names else None
     is_shared = config.engine is not None or executor is not None

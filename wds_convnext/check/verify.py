@@ -128,7 +128,7 @@ def _verify(
 ) -> list[SplitVerdict]:
     is_shared = config.engine is not None or executor is not None
     if is_shared:
-        refuse_remote([spec], what="an engine's machines have no cache of remote shards")
+        refuse_remote(spec, what="an engine's machines have no cache of remote shards")
     against = config.against and shared_path(config.against, is_shared=is_shared)
     against = "the source" if source is not None else against
     splits = find_shard_splits(shared_path(spec, is_shared=is_shared))

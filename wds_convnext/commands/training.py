@@ -103,20 +103,20 @@ def _say_what_is_read(config: TrainConfig) -> None:
     if any(map(names_remote, specs)):
         for part in (part for spec in specs for part in spec.split(",")):
             local_path(part.strip())  # refuses credentials; the rest needs the cache of the run
-        click.echo(f"Training on {redacted(config.require_shards())}. Importing torch …")
-        return
-    paths = expand_spec(specs[0])
-    if config.val_shards:
-        expand_spec(config.val_shards, use="validation")
+        named = redacted(specs[0])
+    else:
+        paths = expand_spec(specs[0])
+        if config.val_shards:
+            expand_spec(config.val_shards, use="validation")
+        last = f" to {os.path.basename(paths[-1])}" if len(paths) > 1 else ""
+        named = f"{paths[0]}{last} ({len(paths)} shard{'s' * (len(paths) != 1)})"
     if config.init_from and not config.resume and not os.path.isfile(config.init_from):
         raise UsageError(f"--init-from {config.init_from}: no such file. Name a state dict.")
     local = config.pretrained and not config.resume and local_source(config.pretrained)
     if local and not os.path.exists(local):
         raise UsageError(f"--pretrained {config.pretrained}: no such file or folder. Name one.")
     if os.environ.get("RANK", "0") == "0":
-        last = f" to {os.path.basename(paths[-1])}" if len(paths) > 1 else ""
-        shards = f"{len(paths)} shard{'s' * (len(paths) != 1)}"
-        say(f"Training on {paths[0]}{last} ({shards}). Importing torch …")
+        say(f"Training on {named}. Importing torch …")
 
 
 def _options_of_the_run(ctx: click.Context, options: dict) -> dict:
