@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+from conftest import wait_until
 
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.storage.clients import client_for
@@ -38,12 +40,18 @@ def bucket(tmp_path_factory):
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_REGION": "us-east-1",
     }
+    wait_until(lambda: answers(port), server)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
         yield
     server.kill()
     server.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_s3_objects_are_read_and_listed(bucket, tmp_path):

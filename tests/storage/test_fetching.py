@@ -15,10 +15,11 @@ import pytest
 from conftest import write_parquet
 from stores import serving
 
+from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.conversion import convert
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.opening import open_dataset
-from wds_convnext.storage.cache import CacheOptions, caching
+from wds_convnext.storage.cache import caching
 from wds_convnext.storage.layout import occupied
 from wds_convnext.storage.schedule import Plan
 
@@ -36,7 +37,7 @@ def shards(tmp_path_factory):
 
 
 def options(folder, size=None, timeout_s=5.0):
-    return CacheOptions(str(folder / "cache"), size, timeout_s)
+    return RemoteConfig(cache_dir=str(folder / "cache"), cache_size=size, remote_timeout=timeout_s)
 
 
 def tars(cache):
@@ -125,7 +126,8 @@ def test_what_was_left_by_a_kill_is_used_or_deleted(shards, tmp_path):
 def test_a_second_process_has_a_folder_of_its_own(shards, tmp_path):
     program = (
         "import sys; from wds_convnext.storage.cache import *\n"
-        "with caching(CacheOptions(sys.argv[1])) as cache: print(cache.path, cache.num_bytes > 0)"
+        "with caching(RemoteConfig(cache_dir=sys.argv[1])) as cache:\n"
+        "    print(cache.path, cache.num_bytes > 0)"
     )
     with caching(options(tmp_path)) as cache:
         assert cache.path.name == "cache-0"

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY_RUN
+from test_resume import assert_same
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -113,17 +114,6 @@ def test_frozen_parts_stay_as_they_are():
 def test_a_pattern_that_cannot_be_meant_is_refused(pattern, reason):
     with pytest.raises(UsageError, match=f"--freeze .*{reason}"):
         freeze(create_model("test_convnext", num_classes=4), pattern)
-
-
-def assert_same(one, two) -> None:
-    assert type(one) is type(two)
-    if isinstance(one, dict | list | tuple):
-        pairs = one.items() if isinstance(one, dict) else enumerate(one)
-        assert len(one) == len(two)
-        for key, value in pairs:
-            assert_same(value, two[key])
-    else:
-        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 @pytest.mark.bits

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import TINY_RUN, command, run, write_parquet
 from stores import FAULTS, serving
-from training.test_resume import assert_same
+from test_resume import assert_same
 
 from wds_convnext.conversion import convert
 from wds_convnext.storage.layout import occupied
@@ -60,10 +60,7 @@ class Watch(threading.Thread):
             sizes = []
             for parent, _, names in os.walk(self.folder):
                 for path in [parent, *(os.path.join(parent, name) for name in names)]:
-                    try:
-                        sizes.append(os.stat(path).st_blocks * 512)
-                    except OSError:
-                        continue
+                    sizes.append(occupied(path))
             self.most = max(self.most, sum(sizes))
             time.sleep(0.005)
 

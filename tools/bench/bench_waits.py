@@ -1,6 +1,6 @@
 """How long a trainer waits for its next batch: in mid-epoch, at epochs, validations, checkpoints.
 
-    python tools/bench/bench_waits.py PARQUET --epochs 6
+    python tools/bench/bench_waits.py PARQUET --batches 400
 
 A step is a pause of 1.3 times what the loader needs for a batch, so a loader that never stalls has
 the next batch ready. After every second epoch PARQUET's images are validated on, too; in the middle

@@ -4,7 +4,7 @@ Nothing is simulated sample by sample: the plan that the run itself follows is l
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from wds_convnext.errors import printable
 from wds_convnext.pool import num_cores
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.opening import open_splits
-from wds_convnext.storage.cache import CacheOptions, caching
+from wds_convnext.storage.cache import caching
 from wds_convnext.storage.schedule import Plan, simulate
 from wds_convnext.stream.order import EvalOrder, TrainOrder, ValidationSchedule
 from wds_convnext.stream.plan import Ranks, RunPlan, largest_buffer
@@ -99,7 +99,7 @@ def plan_cache(spec: str, config: CacheConfig | None = None, **options: Any) -> 
     """
     config = CacheConfig.of(config, options)
     # --cache-size is a question here, not the limit of what is fetched now: a few small files.
-    with caching(CacheOptions(config.cache_dir, None, config.remote_timeout)):
+    with caching(replace(config, cache_size=None)):
         train_data, val_data, _ = open_splits(
             spec, config.val_shards, jobs=num_cores(), quiet=False
         )

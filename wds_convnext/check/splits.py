@@ -106,7 +106,7 @@ def _open_split(manifest: str, paths: list[str], *, whole: bool) -> ShardSplit:
             content = read_manifest(manifest)
         except ShardError as problem:
             error = problem
-    if content and content.shards and content.shards[0].is_remote:
+    if content:
         serve(manifest, content.shards)
     named = set(map(os.path.normpath, paths))
     if whole and content:

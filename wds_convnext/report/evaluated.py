@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from wds_convnext.report import page
 from wds_convnext.report.kept import Predictions
-from wds_convnext.report.pictures import Pictures
+from wds_convnext.report.pictures import SMALL, Pictures
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.training.stored import StoredModel
 
@@ -29,7 +29,7 @@ class Evaluated:
     @property
     def is_small(self) -> bool:
         """Whether the page shows its images pixel by pixel."""
-        return self.stored.preprocessing.image_size <= 64
+        return self.stored.preprocessing.image_size <= SMALL
 
 
 def left_out(found: Evaluated) -> str:

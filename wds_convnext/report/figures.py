@@ -28,9 +28,9 @@ _SIZE = (4.6, 3.1)  # inches
 _MAX_NAMED = 40  # classes with a row of their own in the chart of accuracies
 _MAX_CELLS = 30  # classes with a number in each cell
 _MAX_LETTERS = 26  # of a class name
-_MAX_ROWS = 120  # rows of a matrix; more classes are put together
+MAX_ROWS = 120  # rows of a matrix; more classes are put together
 # Of a matrix of up to so many rows: a cell's side in inches, the size of names in points.
-_CELLS = ((_MAX_CELLS, 0.42, 8), (60, 0.2, 7), (_MAX_ROWS, 0.11, 6.2))
+_CELLS = ((_MAX_CELLS, 0.42, 8), (60, 0.2, 7), (MAX_ROWS, 0.11, 6.2))
 _STYLE: Any = {
     "axes.edgecolor": LINE,
     "axes.labelcolor": INK,
@@ -186,9 +186,9 @@ def matrix(counts: np.ndarray, names: Sequence[str]) -> "Figure":
 
 
 def _grouped(counts: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    if len(counts) <= _MAX_ROWS:
+    if len(counts) <= MAX_ROWS:
         return counts, list(names)
-    num_groups = _MAX_ROWS // 3
+    num_groups = MAX_ROWS // 3
     starts = [group * len(counts) // num_groups for group in range(num_groups)]
     ends = [*starts[1:], len(counts)]
     grouped = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1)

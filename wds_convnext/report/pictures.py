@@ -16,7 +16,7 @@ from wds_convnext.stream.transforms import EvalTransform
 from wds_convnext.training.batchsheet import BatchSheet
 
 _SIDE = 128  # pixels in the page
-_SMALL = 64  # images up to this are kept pixel by pixel
+SMALL = 64  # images up to this are kept pixel by pixel
 
 
 class Pictures:
@@ -60,7 +60,7 @@ class Pictures:
 def _url(image: torch.Tensor) -> str:
     picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
     file = io.BytesIO()
-    if picture.width <= _SMALL:
+    if picture.width <= SMALL:
         picture.save(file, "PNG")
         kind = "png"
     else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from wds_convnext.report import page
 from wds_convnext.report.evaluated import Evaluated, facts_table, left_out, shown_pictures
-from wds_convnext.report.figures import accuracies, curves, matrix, reliability, render
+from wds_convnext.report.figures import MAX_ROWS, accuracies, curves, matrix, reliability, render
 from wds_convnext.report.measures import (
     calibration,
     confused_pairs,
@@ -26,6 +26,7 @@ def report_page(found: Evaluated, result: EvalResult, files: dict[str, bytes]) -
     """The page; its charts go to `files`, too."""
     stored, dataset = found.stored, found.dataset
     calibrated, ece = _calibration(found, files)
+    counts = confusion(found.predictions)
     low, high = result.top1_interval
     tiles = {
         "top-1": (f"{result.top1:.2%}", f"95 % interval {low:.2%} to {high:.2%}"),
@@ -36,9 +37,9 @@ def report_page(found: Evaluated, result: EvalResult, files: dict[str, bytes]) -
     }
     sections = {
         "Training": _training(stored, files),
-        "Confusion": _confusion(found, files),
-        "Most confused pairs": _pairs(found),
-        "Classes": _classes(found, files),
+        "Confusion": _confusion(found, counts, files),
+        "Most confused pairs": _pairs(found, counts),
+        "Classes": _classes(found, counts, files),
         "Most confident mistakes": _mistakes(found, files),
         "Calibration": calibrated,
         "Facts": facts_table([found]),
@@ -80,8 +81,7 @@ def _training(stored: StoredModel, files: dict[str, bytes]) -> str:
     return page.charts(found) if found else ""
 
 
-def _confusion(found: Evaluated, files: dict[str, bytes]) -> str:
-    counts = confusion(found.predictions)
+def _confusion(found: Evaluated, counts: np.ndarray, files: dict[str, bytes]) -> str:
     order = similar_first(counts)
     names = [found.class_names[i] for i in order]
     figure = matrix(counts[np.ix_(order, order)], names)
@@ -91,14 +91,14 @@ def _confusion(found: Evaluated, files: dict[str, bytes]) -> str:
         "root, so that few errors show), right ones in blue. Classes that are confused stand side "
         "by side."
     )
-    if len(names) > 120:
+    if len(names) > MAX_ROWS:
         words += " Neighbors in this order are put together; the pairs below name single classes."
     return page.paragraph(words) + page.wide(svg, width=round(figure.get_figwidth() * 88))
 
 
-def _pairs(found: Evaluated) -> str:
+def _pairs(found: Evaluated, counts: np.ndarray) -> str:
     predictions = found.predictions
-    pairs = confused_pairs(confusion(predictions), _MAX_PAIRS)
+    pairs = confused_pairs(counts, _MAX_PAIRS)
     if not pairs:
         return page.paragraph("No class is taken for another.")
     rows = []
@@ -118,8 +118,7 @@ def _pairs(found: Evaluated) -> str:
     return page.paragraph("Label → prediction, the surest mistakes first.") + page.pairs(rows)
 
 
-def _classes(found: Evaluated, files: dict[str, bytes]) -> str:
-    counts = confusion(found.predictions)
+def _classes(found: Evaluated, counts: np.ndarray, files: dict[str, bytes]) -> str:
     totals, right = counts.sum(axis=1), counts.diagonal()
     guessed = counts.sum(axis=0)
     there = np.flatnonzero(totals)

@@ -100,8 +100,7 @@ def _from_manifests(
             )
         check_size(listed[path])
     for path, manifest in manifests.items():
-        if manifest.shards and manifest.shards[0].is_remote:
-            serve(path, manifest.shards)
+        serve(path, manifest.shards)
     dataset = replace(first, shards=tuple(listed[path] for path in paths))
     return dataset, {path: manifest.shards for path, manifest in manifests.items()}
 

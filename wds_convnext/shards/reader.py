@@ -107,8 +107,7 @@ class SampleReader:
         shard, sample = self.dataset.locate(number)
         record = self._index.record(shard, sample)
         span = self._pread(shard, record.num_bytes, record.start)
-        image, label = (self._member(shard, m, span, record.start) for m in record.places)
-        self._checked_label(number, record, image, label)
+        self._cut(number, record, span, record.start)  # raises if it is not what was indexed
         members = self._members(shard, record, span)
         at = record.start
         data = {m.extension: span[m.offset - at : m.offset - at + m.num_bytes] for m in members}

@@ -28,10 +28,8 @@ def localize(url: str) -> str:
     """The local folder, or manifest, that a URL names; of shards, the manifest that lists them.
 
     Raises:
-        UsageError: if the URL holds credentials.
         ShardError: if it is not there or cannot be read.
     """
-    urls.check_url(url)
     if not url.endswith((".json", ".tar")):
         if _PATTERN.search(url):
             raise ShardError(f"{url}: expected shards, a manifest or a folder. End it with .tar.")
@@ -79,7 +77,7 @@ def listed_shards(url: str, names: list[str] | None, manifest: str) -> list[str]
 
 
 def serve(manifest: str, shards: tuple[Shard, ...]) -> None:
-    """Fetch the index of a remote manifest, and let its shards be waited for.
+    """Fetch the index of a remote manifest, and let its shards be waited for; of a local one, none.
 
     Args:
         manifest: its local path.
@@ -87,6 +85,8 @@ def serve(manifest: str, shards: tuple[Shard, ...]) -> None:
     Raises:
         ShardError: if there is no index that was made from them, or no checksums of them.
     """
+    if not shards or not shards[0].is_remote:
+        return
     without = [shard for shard in shards if shard.sha256 is None or shard.num_bytes is None]
     if without:
         raise ShardError(

@@ -18,8 +18,8 @@ def ask(request: dict) -> dict:
     """Fetch the manifests of a folder, or one file.
 
     Args:
-        request: `url`, `to` (a path), `timeout_s`, and either `max_bytes` of a file or `stems`,
-            names of manifests that a folder may hold where its store has no listings.
+        request: `url`, `to` (a path), `timeout_s`, `max_bytes` of each file; of a folder also
+            `stems`, names of manifests that a folder may hold where its store has no listings.
     """
     store = Store.of(request["timeout_s"], Counts())
     url, to, max_bytes = request["url"], request["to"], request["max_bytes"]

@@ -13,14 +13,14 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import ShardError, UsageError
-from wds_convnext.files import free_bytes, unwritable, write_atomically
+from wds_convnext.files import free_bytes, replacing, unwritable, write_atomically
 from wds_convnext.progress import warn
 from wds_convnext.storage.layout import COUNTS, MARGIN, ORIGIN, Object, occupied, origin_of
 from wds_convnext.storage.programs import Supervisor, ask
@@ -32,38 +32,12 @@ _MAX_MANIFEST = 1 << 28  # bytes, as for local ones
 _MAX_CACHES = 64  # in one --cache-dir at a time
 
 
-class CacheSettings(Protocol):
-    """What a config says about the cache."""
-
-    @property
-    def cache_dir(self) -> str | None: ...
-    @property
-    def cache_size(self) -> int | None: ...
-    @property
-    def remote_timeout(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Where the cache of remote shards is, how large it may be, how long a store may be silent.
-
-    Args:
-        cache_dir: default: `$XDG_CACHE_HOME/wds_convnext/remote`.
-        cache_size: bytes; default: three quarters of what is free or the cache's already.
-        remote_timeout: seconds without progress after which an object is given up.
-    """
-
-    cache_dir: str | None = None
-    cache_size: int | None = None
-    remote_timeout: float = 600.0
-
-
 class _Current:
     cache: "Cache | None" = None
 
 
 @contextlib.contextmanager
-def caching(settings: CacheSettings, *, shared: Path | None = None) -> Iterator["Cache"]:
+def caching(settings: RemoteConfig, *, shared: Path | None = None) -> Iterator["Cache"]:
     """Within this context remote shards go through a cache with these settings.
 
     A cache that is in use already stays in place.
@@ -86,14 +60,14 @@ def caching(settings: CacheSettings, *, shared: Path | None = None) -> Iterator[
 def current_cache() -> "Cache":
     """This process's cache; outside `caching` one with default settings, until the process ends."""
     if _Current.cache is None:
-        _Current.cache = Cache(CacheOptions())
+        _Current.cache = Cache(RemoteConfig())
     return _Current.cache
 
 
 class Cache:
     """The cache of this process, see `caching`. Nothing is written before it is first used."""
 
-    def __init__(self, settings: CacheSettings, *, shared: Path | None = None):
+    def __init__(self, settings: RemoteConfig, *, shared: Path | None = None):
         self._settings, self._shared = settings, shared
         self._path: Path | None = shared
         self._lock: int | None = None
@@ -165,7 +139,6 @@ class Cache:
             "first.npy",
             "clock",
             "failed",
-            "counts",
             "folders.json",
         ):
             (path / name).unlink(missing_ok=True)
@@ -290,14 +263,10 @@ class Cache:
         if first is not None and first.size:
             (self.path / "first").mkdir(exist_ok=True)
             first[1] = numbers[first[1]]
-            self._save(first, "first.npy")
-        self._save(np.stack([plan.object, plan.first, plan.last]), "plan.npy")
-
-    def _save(self, values: np.ndarray, name: str) -> None:
-        temporary = self.path / f"{name}.tmp"
-        with open(temporary, "wb") as file:
-            np.save(file, values)
-        temporary.rename(self.path / name)
+            with replacing(self.path / "first.npy") as file:
+                np.save(file, first)
+        with replacing(self.path / "plan.npy") as file:
+            np.save(file, np.stack([plan.object, plan.first, plan.last]))
 
     def clock(self, local_rank: int) -> "Clock":
         """How a rank of this node reports how far it is."""

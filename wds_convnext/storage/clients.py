@@ -61,6 +61,7 @@ class ObstoreClient:
     def __init__(self, scheme: str, stall_s: float):
         self._stall_s = stall_s
         self._obstore = package("obstore")
+        package("obstore.store")  # not imported with it
         self._stores: dict[str, Any] = {}
         self._options: dict[str, Any] = aws_profile() if scheme in ("s3", "r2") else {}
 
@@ -100,7 +101,7 @@ class ObstoreClient:
             endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
             stated = self._options.get("aws_endpoint")
             endpoint = next(filter(None, [*map(os.environ.get, endpoints), stated]), "")
-            store_url = re.sub(r"^(r2)://", "s3://", folder)
+            store_url = re.sub(r"^r2://", "s3://", folder)
             self._stores[folder] = self._obstore.store.from_url(
                 store_url,
                 retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=self._stall_s)},

@@ -26,12 +26,12 @@ class Transient(Exception):
         self.retry_after = retry_after
 
 
-def by_status(status: int | None) -> Exception:
-    if status == 404:
+def by_status(status: int | None, retry_after: float = 0.0) -> Exception:
+    if status in (404, 410):
         return Missing()
     if status in (401, 403):
         return Denied(f"status {status}")
-    return Transient(f"status {status}" if status else "no answer")
+    return Transient(f"status {status}" if status else "no answer", retry_after)
 
 
 def reason_of(error: BaseException) -> str:
@@ -43,10 +43,7 @@ def reason_of(error: BaseException) -> str:
 
 def package(name: str) -> Any:
     try:
-        module = importlib.import_module(name)
-        if name == "obstore":
-            importlib.import_module("obstore.store")
-        return module
+        return importlib.import_module(name)
     except ImportError:
         raise UsageError(
             f"{name} is not installed, and these shards need it: "

@@ -61,7 +61,7 @@ class Fetcher:
         self._now, self._at, self._order = -1, list[int](), list[int]()
         self._other_bytes = 0
         self._present: dict[int, int] = {}  # object -> bytes that it occupies
-        self._since: dict[int, float] = {}  # object -> when it was published for a reader
+        self._since: dict[int, float] = {}  # object -> when a reader last waited for it
         self._busy: dict[Future, tuple[int, int]] = {}  # -> object, bytes set aside
         self._counts: list[Counts] = []  # of each store, since one thread adds to it
         self._stores: list[Store] = []
@@ -128,8 +128,8 @@ class Fetcher:
 
     def _fetch_ahead(self, times: list[int], busy: set[int]) -> None:
         """Begin what is needed next, as long as what would go for it is needed later."""
-        for number in self._by_next_use(times):
-            if len(self._busy) >= NUM_TRANSFERS:
+        for number in self._order:
+            if len(self._busy) >= NUM_TRANSFERS or times[number] == sys.maxsize:
                 return
             if number in busy or number in self._present:
                 continue
@@ -151,7 +151,7 @@ class Fetcher:
             for n in self._present
             if times[n] > before and now - self._since.get(n, -_GRACE_S) >= _GRACE_S
         ]
-        # Of those that are never needed again, the one that has been here longest.
+        # Of those that are never needed again, the one that was waited for longest ago.
         going.sort(key=lambda n: (-times[n], self._since.get(n, 0.0)))
         if room + sum(self._present[n] for n in going) < needed:
             return False
@@ -236,8 +236,7 @@ class Fetcher:
 
     def _shrink(self) -> None:
         """Evict what an earlier run with a larger cache has left."""
-        times = self._times()
-        for number in sorted(self._present, key=lambda n: -times[n]):
+        for number in list(self._present):
             if self._other_bytes + sum(self._present.values()) <= self.cache_bytes:
                 return
             self._evict(number)
@@ -266,9 +265,6 @@ class Fetcher:
             times = self._next_uses.at(now)
             self._at, self._order = times.tolist(), times.argsort(kind="stable").tolist()
         return self._at
-
-    def _by_next_use(self, times: list[int]) -> list[int]:
-        return [number for number in self._order if times[number] < sys.maxsize]
 
     def _wanted(self) -> set[int]:
         with contextlib.suppress(FileNotFoundError):

@@ -8,6 +8,7 @@
     wanted/TOKEN      a reader waits for this object
     failed            why the fetcher gave up, one line
     counts            what it did
+    folders.json      which local folder stands for which URL, for other ranks of the node
     FOLDER/           a remote folder: .origin says which; manifests, indexes, and those of its
                       shards that are here now. They are published by rename, so what has its name
                       is whole; what is read is locked (shared), so that it is not evicted meanwhile

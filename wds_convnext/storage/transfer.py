@@ -37,7 +37,7 @@ class Expected:
 
 @dataclass
 class Counts:
-    """What the fetcher did since it began."""
+    """What one store was asked for."""
 
     num_bytes: int = 0
     num_requests: int = 0

@@ -13,8 +13,6 @@ from urllib.request import getproxies, proxy_bypass
 
 from wds_convnext.errors import UsageError
 from wds_convnext.storage.failures import (
-    Denied,
-    Missing,
     Transient,
     Unranged,
     by_status,
@@ -102,12 +100,8 @@ class HttpClient:
 
     def _check(self, response: http.client.HTTPResponse, start: int, stop: int | None) -> None:
         status = response.status
-        if status in (404, 410):
-            raise Missing
-        if status in (401, 403):
-            raise Denied(f"status {status}")
         if status not in (200, 206):
-            raise Transient(f"status {status}", retry_after(response.headers.get("Retry-After")))
+            raise by_status(status, retry_after(response.headers.get("Retry-After")))
         if stop is not None and status == 200:
             raise Unranged
         if start and status == 206:

@@ -27,7 +27,7 @@ class MemoryNeeds:
         return self.fixed + batch_size * self.per_image
 
 
-def memory_needs(config: TrainConfig, *, amp: str, num_classes: int = 1000) -> MemoryNeeds:
+def memory_needs(config: TrainConfig, *, amp: str) -> MemoryNeeds:
     """Counted on a model whose tensors have no data, uncompiled; a compiler keeps less.
 
     Args:
@@ -38,7 +38,7 @@ def memory_needs(config: TrainConfig, *, amp: str, num_classes: int = 1000) -> M
     size = config.image_size
     assert size is not None  # `with_pretrained` filled it in
     with torch.device("meta"):
-        plain = model_for(config, num_classes=num_classes)
+        plain = model_for(config, num_classes=1000)  # the classifier hardly counts
     if config.freeze is not None:
         freeze(plain, config.freeze)
     with FakeTensorMode():  # on the CPU by name, which autocast knows, and without data
@@ -50,10 +50,9 @@ def memory_needs(config: TrainConfig, *, amp: str, num_classes: int = 1000) -> M
         with torch.autocast("cpu", torch.bfloat16, enabled=amp != "off"):
             of_two, of_four = (_kept_bytes(model, torch.empty(n, 3, size, size)) for n in (2, 4))
     per_image = (of_four - of_two) // 2
-    of_weights, of_trained = (
-        sum(p.numel() * p.element_size() for p in plain.parameters() if p.requires_grad >= least)
-        for least in (False, True)
-    )
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in plain.parameters()]
+    of_weights = sum(size for size, _ in sizes)
+    of_trained = sum(size for size, is_trained in sizes if is_trained)
     fixed = of_weights * (2 if config.ema_decay else 1)
     fixed += of_trained * (1 + NUM_MOMENTS[config.optimizer])
     # What is kept whatever the batch: weights in half precision.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wds_convnext.config import TrainConfig
-from wds_convnext.training.adamp import AdamP, parameter_groups
+from wds_convnext.training.adamp import AdamP, as_float64, parameter_groups
 from wds_convnext.training.finetune import lr_scales
 
 # Tensors of a parameter's size in the optimizer's state. (Muon has another for what is no matrix.)
@@ -50,9 +50,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 def keep_lr_on_device(optimizer: Optimizer, device: torch.device) -> None:
     """Make each group's learning rate a 0-d tensor, so that changing it recompiles nothing."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=device)
+        group["lr"] = as_float64(float(group["lr"]), device)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.index import HAS_CHECKSUM
 from wds_convnext.shards.spec import Shard
-from wds_convnext.storage.cache import Cache, CacheSettings, Clock, caching, current_cache
+from wds_convnext.storage.cache import Cache, Clock, caching, current_cache
 from wds_convnext.storage.layout import rounded
 from wds_convnext.storage.schedule import Plan
 from wds_convnext.stream.order import EvalOrder
@@ -73,9 +74,7 @@ class Pace:
 
 
 @contextmanager
-def node_cache(
-    settings: CacheSettings, specs: Sequence[str | None], world: World
-) -> Iterator[None]:
+def node_cache(settings: RemoteConfig, specs: Sequence[str | None], world: World) -> Iterator[None]:
     """One cache for the ranks of a node, of which the first one opens it.
 
     Args:

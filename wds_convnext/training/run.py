@@ -155,6 +155,12 @@ def open_run(
         [shards, config.val_shards],
         machine.world,
     )
+    for flag, needs_validation in (
+        (f"--early-stop {config.early_stop}", config.early_stop is not None),
+        ("--max-steps 0", config.max_steps == 0),
+    ):
+        if needs_validation and val_data is None:
+            raise UsageError(f"{flag}: there are no validation shards. Name some: --val-shards.")
     if config.check_shards:
         _check_sha256(train_data, val_data)
     config = _with_absolute_paths(config)
@@ -167,10 +173,9 @@ def open_run(
         repeats=config.repeated_augmentation,
     )
     weights = class_weights(config, train_data)
-    facts = _facts(config, machine, order=order, train_data=train_data, val_spec=val_spec)
-    if weights:
-        digest = {"class_weights": weights_digest(weights)}
-        facts = replace(facts, environment={**facts.environment, **digest})
+    facts = _facts(
+        config, machine, order=order, train_data=train_data, val_spec=val_spec, weights=weights
+    )
     if then and train_data.is_meant_by(then.data.shards):
         facts = replace(facts, data=replace(facts.data, shards=then.data.shards))
     state, notes = build_state(
@@ -184,12 +189,6 @@ def open_run(
         check_resumable(then, facts, warn=warn)
         with taking_over():
             state.load_state_dict(checkpoint)
-    for flag, needs_validation in (
-        (f"--early-stop {config.early_stop}", config.early_stop is not None),
-        ("--max-steps 0", config.max_steps == 0),
-    ):
-        if needs_validation and val_data is None:
-            raise UsageError(f"{flag}: there are no validation shards. Name some: --val-shards.")
     if config.max_steps == 0:  # what the starting weights are worth
         state.owes_validation = then is None
     check_ranks(
@@ -280,6 +279,7 @@ def _facts(
     order: TrainOrder,
     train_data: Dataset,
     val_spec: str | None,
+    weights: list[float] | None,
 ) -> Facts:
     """What a run's checkpoints say about it."""
     return Facts(
@@ -309,6 +309,7 @@ def _facts(
             "compiled": machine.compiled,
             "num_threads": torch.get_num_threads(),
             "world_size": machine.world.size,
+            **({"class_weights": weights_digest(weights)} if weights else {}),
         },
         config=asdict(config),
     )
