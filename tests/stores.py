@@ -11,7 +11,24 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from conftest import write_parquet
+
+from wds_convnext.conversion import convert
+
 FAULTS = ("408", "429", "503", "stall", "cut", "length", "flip")
+
+
+def write_store(folder: Path, *, train: int, validation: int) -> Path:
+    """Shards of two samples with manifests and indexes, as a store holds them; gives their folder.
+
+    Args:
+        train, validation: samples of each split.
+    """
+    write_parquet(folder / "parquet", "train", [train])
+    write_parquet(folder / "parquet", "validation", [validation])
+    source, out = folder / "parquet", folder / "data"
+    convert(str(source), out=str(out), samples_per_shard=2, jobs=1, quiet=True)
+    return out
 
 
 class HostileStore(ThreadingHTTPServer):

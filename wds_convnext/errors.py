@@ -23,6 +23,10 @@ class ShardError(WdsConvnextError):
     """A shard, its sidecar or its manifest is missing, damaged or inconsistent."""
 
 
+class AbsentError(ShardError):
+    """A store has no such object."""
+
+
 class DataError(WdsConvnextError):
     """One sample is unusable: its image does not decode or its label has no meaning."""
 

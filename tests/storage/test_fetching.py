@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_parquet
-from stores import serving
+from stores import serving, write_store
 
 from wds_convnext.config.remote import RemoteConfig
-from wds_convnext.conversion import convert
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.storage.cache import caching
@@ -27,13 +25,7 @@ from wds_convnext.storage.schedule import Plan
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """20 shards of 2 samples, and a validation split."""
-    folder = tmp_path_factory.mktemp("shards")
-    write_parquet(folder / "parquet", "train", [40])
-    write_parquet(folder / "parquet", "validation", [4])
-    convert(
-        str(folder / "parquet"), out=str(folder / "data"), samples_per_shard=2, jobs=1, quiet=True
-    )
-    return folder / "data"
+    return write_store(tmp_path_factory.mktemp("shards"), train=40, validation=4)
 
 
 def options(folder, size=None, timeout_s=5.0):

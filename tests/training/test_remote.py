@@ -5,11 +5,10 @@ import threading
 import time
 
 import pytest
-from conftest import TINY_RUN, command, run, write_parquet
-from stores import FAULTS, serving
+from conftest import TINY_RUN, command, run
+from stores import FAULTS, serving, write_store
 from test_resume import assert_same
 
-from wds_convnext.conversion import convert
 from wds_convnext.storage.layout import occupied
 from wds_convnext.training.checkpoint import load_checkpoint
 
@@ -30,13 +29,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("remote")
-    write_parquet(folder / "parquet", "train", [320])
-    write_parquet(folder / "parquet", "validation", [12])
-    convert(
-        str(folder / "parquet"), out=str(folder / "data"), samples_per_shard=2, jobs=1, quiet=True
-    )
-    return folder / "data"
+    return write_store(tmp_path_factory.mktemp("remote"), train=320, validation=12)
 
 
 @pytest.fixture(scope="module")

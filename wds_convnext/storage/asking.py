@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from wds_convnext.errors import ShardError, WdsConvnextError
+from wds_convnext.errors import AbsentError, WdsConvnextError
 from wds_convnext.storage.programs import end_with
 from wds_convnext.storage.transfer import Counts, Store
 
@@ -37,9 +37,9 @@ def ask(request: dict) -> dict:
             path = os.path.join(to, f"{stem}.json")
             store.fetch_unchecked(f"{url}/{stem}.json", path, max_bytes=max_bytes)
             found.append(stem)
-        except ShardError as error:
+        except AbsentError:
             os.unlink(path)
-            if names is not None or "(404)" not in str(error):
+            if names is not None:
                 raise
     return {"stems": found}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from wds_convnext.errors import ShardError
+from wds_convnext.errors import AbsentError, ShardError
 from wds_convnext.progress import warn
 from wds_convnext.storage.clients import Client, client_for
 from wds_convnext.storage.failures import Denied, Missing, Transient
@@ -127,7 +127,7 @@ class Store:
                 self.counts.num_requests += 1
                 return ask()
             except Missing:
-                raise ShardError(
+                raise AbsentError(
                     f"{url}: the store has no such object (404). Look at the name, or upload it."
                 ) from None
             except Denied as denied:
