@@ -63,8 +63,11 @@ def test_s3_objects_are_read_and_listed(bucket, tmp_path):
     client = client_for("s3://bucket/x", stall_s=5)
     assert b"".join(client.read("s3://bucket/data/a.tar", 8_999_000)) == DATA[8_999_000:]
     assert b"".join(client.read("s3://bucket/data/a.tar", len(DATA) + 5)) == b""
+    assert store.size("s3://bucket/data/a.tar") == len(DATA)
     with pytest.raises(ShardError, match="s3://bucket/data/b.tar: .*404"):
         store.fetch("s3://bucket/data/b.tar", str(tmp_path / "b"), Expected(5))
+    with pytest.raises(ShardError, match="s3://nothing/data: .*404"):  # at once, not after retries
+        store.names("s3://nothing/data")
 
 
 def test_an_s3_server_that_does_not_answer_is_transient(monkeypatch):

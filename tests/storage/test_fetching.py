@@ -170,7 +170,7 @@ def test_an_object_that_is_gone_or_changed_is_one_line(shards, tmp_path, spoil, 
 @pytest.mark.parametrize(
     "spec, reason",
     [
-        ("{url}/other.json", "other.json: no manifest is there"),
+        ("{url}/other.json", "other.json: no manifest with an index is there"),
         ("{url}/train-<018..021>.tar", "does not list train-020.tar, train-021.tar"),
         ("{url}/train-9*.tar", "does not list"),
         ("{url}/train", "no manifest with an index is there"),

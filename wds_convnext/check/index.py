@@ -11,15 +11,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from wds_convnext.check.indexremote import find_splits, keep_fetched
 from wds_convnext.check.indexshard import IndexedShard, index_shard
 from wds_convnext.check.splits import (
     ShardSplit,
     find_duplicate_keys,
-    find_shard_splits,
 )
 from wds_convnext.config import IndexConfig
 from wds_convnext.door import parse_json, read_bounded
-from wds_convnext.engine import open_engine, shared_path
+from wds_convnext.engine import open_engine
 from wds_convnext.errors import ShardError, UsageError, WdsConvnextError, listing
 from wds_convnext.files import write_atomically
 from wds_convnext.pool import Workers
@@ -29,7 +29,7 @@ from wds_convnext.shards.index import index_content
 from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.sidecar import sidecar_path
 from wds_convnext.shards.spec import Shard, index_path, total_bytes
-from wds_convnext.urls import refuse_remote
+from wds_convnext.storage.cache import caching
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def index(
 ) -> IndexReport:
     """Write a sidecar for each shard, and an index and a manifest for each split that a spec names.
 
-    The shards themselves are left as they are. Sidecars and manifests that are there must fit.
+    The shards themselves are left as they are. Sidecars and manifests that are there must fit. Of
+    shards at URLs each is fetched once through the cache (twice where the connection checks
+    nothing, since nothing says yet what it should be); index and manifest, which names the URLs,
+    go to the folder `out`, and there are no sidecars.
 
     Args:
         spec: as for training; a folder stands for all splits in it.
@@ -103,13 +106,19 @@ def index(
         DataError: if a label is no class number.
         UsageError: if a manifest lists other shards, or there are more classes than names.
     """
-    started = time.monotonic()
     config = IndexConfig.of(config, options)
-    refuse_remote(spec, what="index writes next to the shards, but not to stores")
+    with caching(config):
+        return _index(spec, config, executor, quiet=quiet)
+
+
+def _index(
+    spec: str, config: IndexConfig, executor: Executor | None, *, quiet: bool
+) -> IndexReport:
+    started = time.monotonic()
     label_field = config.label_field
     class_names = read_class_names(config.class_names) if config.class_names else None
     is_shared = config.engine is not None or executor is not None
-    splits = find_shard_splits(shared_path(spec, is_shared=is_shared))
+    splits = find_splits(spec, config.out, is_shared=is_shared)
     for split in splits:
         if split.manifest_error:
             raise split.manifest_error
@@ -148,6 +157,8 @@ def index(
             content = index_content(records, paths, manifest.shards, checksums=True)
             write_atomically(index_path(path), content)
             manifest.write_manifest(path)  # last: its presence means that all is there
+    if config.out is not None:
+        keep_fetched(manifests)
     unused = {
         path: sum((shard.unused for shard in shards), Counter())
         for path, shards in zip(manifests, indexed)

@@ -17,6 +17,7 @@ from wds_convnext.shards.scan import scan_shard
 from wds_convnext.shards.sidecar import differing_line, format_sidecar, sidecar_path
 from wds_convnext.shards.spec import Shard
 from wds_convnext.shards.tar import Member, read_tar
+from wds_convnext.storage.layout import held, is_cached, where
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,15 @@ class IndexedShard:
 
 def index_shard(task: tuple[str, str, bool], count: Callable[[int, int], None]) -> IndexedShard:
     """Check a shard (path, label field, whether to decode its images), and write its sidecar."""
+    path = task[0]
+    with held(path):
+        try:
+            return _index_shard(task, count)
+        except (ShardError, DataError) as error:  # a remote shard is known by its URL
+            raise type(error)(str(error).replace(path, where(path))) from None
+
+
+def _index_shard(task: tuple[str, str, bool], count: Callable[[int, int], None]) -> IndexedShard:
     path, label_field, decode = task
     members, skipped = read_tar(path)
     records, highest, extension, damaged = bytearray(), -1, "cls", []
@@ -47,12 +57,13 @@ def index_shard(task: tuple[str, str, bool], count: Callable[[int, int], None]) 
                 decode_rgb(sample.image)
                 record = record._replace(flags=record.flags | DECODED)
             except DataError as error:
-                damaged.append(f"{path}, key {sample.key}: {error}")
+                damaged.append(f"{where(path)}, key {sample.key}: {error}")
         records += record.pack()
         highest = max(highest, sample.label)
         extension = "json" if sample.record.flags & JSON_LABEL else "cls"
         unused.update(f".{other}" for other in sample.unused)
-    _write_sidecar(path, members)
+    if not is_cached(path):
+        _write_sidecar(path, members)
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     num_bytes = os.path.getsize(path)

@@ -16,7 +16,7 @@ from wds_convnext.errors import ShardError
 from wds_convnext.shards.dataset import Dataset, read_manifest
 from wds_convnext.shards.expand import expand_shards, local_path
 from wds_convnext.shards.naming import missing_siblings
-from wds_convnext.shards.remote import localize, serve
+from wds_convnext.shards.remote import linked, localize, serve
 from wds_convnext.shards.spec import (
     Shard,
     is_manifest,
@@ -25,7 +25,7 @@ from wds_convnext.shards.spec import (
     staging_path,
 )
 from wds_convnext.shards.tar import Member, walk_tar
-from wds_convnext.storage.layout import held
+from wds_convnext.storage.layout import held, is_cached
 from wds_convnext.urls import is_remote
 
 
@@ -59,12 +59,7 @@ class ShardSplit:
     @property
     def present(self) -> list[str]:
         """The named shards that are there."""
-        listed = self.listed
-        return [
-            path
-            for path in self.paths
-            if os.path.isfile(path) or (path in listed and listed[path].is_remote)
-        ]
+        return [path for path in self.paths if os.path.isfile(path) or is_cached(path)]
 
     @property
     def is_interrupted(self) -> bool:
@@ -103,6 +98,7 @@ def _open_split(manifest: str, paths: list[str], *, whole: bool) -> ShardSplit:
     content = error = None
     if is_manifest(manifest) or (os.path.isfile(manifest) and not paths):  # named, or damaged
         try:
+            manifest = linked(manifest) or manifest
             content = read_manifest(manifest)
         except ShardError as problem:
             error = problem

@@ -118,6 +118,7 @@ def bench(shards: str, **options: Any) -> None:
     examples="""
 wds-convnext index others/
 wds-convnext index others/ --label-field class_id --class-names names.txt
+wds-convnext index 's3://bucket/data/train-<000..012>.tar' --out data
 """,
 )
 @click.argument("shards")
@@ -126,7 +127,8 @@ def index(shards: str, **options: Any) -> None:
     """Write manifest and sidecars for shards that others made.
 
     Labels are class numbers, in .cls members or in a field of .json members. Shards are left as
-    they are; damaged ones, and keys that come twice, are refused by name.
+    they are; damaged ones, and keys that come twice, are refused by name. Of shards at URLs, the
+    manifest and index are written into the folder --out, which is then named instead of them.
     """
     from wds_convnext.check.index import index as index_shards
 

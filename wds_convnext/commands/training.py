@@ -24,7 +24,7 @@ from wds_convnext.options import (
     warn,
 )
 from wds_convnext.progress import say
-from wds_convnext.urls import names_remote, redacted
+from wds_convnext.urls import redacted
 
 
 def add_train_options(config_class: type[TrainConfig]) -> Callable[[Command], Command]:
@@ -94,13 +94,13 @@ def _say_what_is_read(config: TrainConfig) -> None:
     Raises:
         WdsConvnextError: if shards, files or a model that options name are not there.
     """
-    from wds_convnext.shards.expand import expand_spec, local_path
+    from wds_convnext.shards.expand import expand_spec, local_path, reads_remote
     from wds_convnext.training.modelnames import check_model_name
 
     if config.model and not config.resume:
         check_model_name(config.model)
     specs = [config.require_shards(), *([config.val_shards] if config.val_shards else [])]
-    if any(map(names_remote, specs)):
+    if any(map(reads_remote, specs)):
         for part in (part for spec in specs for part in spec.split(",")):
             local_path(part.strip())  # refuses credentials; the rest needs the cache of the run
         named = redacted(specs[0])
@@ -195,12 +195,12 @@ def evaluate(checkpoints: tuple[str, ...], **options: Any) -> None:
             f"--checkpoint {config.checkpoint}: {checkpoints[0]} is named as well. Name all "
             "checkpoints without the option."
         )
-    from wds_convnext.shards.expand import expand_spec
+    from wds_convnext.shards.expand import expand_spec, reads_remote
     from wds_convnext.training.runs import best_checkpoint
 
     # Looked for before torch is imported, which takes seconds.
     named = [str(best_checkpoint(name)) for name in checkpoints or [config.checkpoint]]
-    if config.shards and not names_remote(config.shards):
+    if config.shards and not reads_remote(config.shards):
         expand_spec(config.shards, use="validation")
     if sys.stderr.isatty():
         warn(f"Evaluating {listing(named)}. Importing torch …")

@@ -205,7 +205,7 @@ class InspectConfig(RemoteConfig):
 
 
 @dataclass(frozen=True)
-class IndexConfig(Config):
+class IndexConfig(RemoteConfig):
     """How `wds-convnext index` reads labels."""
 
     label_field: str = option(
@@ -220,6 +220,12 @@ class IndexConfig(Config):
         "then decodes large ones faster, see its --decoder.",
         group="Checks",
         type=click.Choice(["read", "decode"]),
+    )
+    out: str | None = option(
+        None,
+        "Folder for manifest and index of shards at URLs. Those of local ones stand next to them.",
+        group="Output",
+        is_output=True,
     )
     json: bool = option(False, "Print one JSON object.", group="Output")
     jobs: int | None = option(

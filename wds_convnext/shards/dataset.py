@@ -127,10 +127,10 @@ class Dataset:
         return {k: v for k, v in vars(self).items() if k != "_reader"}
 
     def write_manifest(self, path: str | os.PathLike) -> None:
-        """Write the manifest next to its shards, atomically."""
+        """Write the manifest, next to its shards or with their URLs, atomically."""
         shardlist = [
             {
-                "url": shard.name,
+                "url": shard.where if shard.is_remote else shard.name,
                 "nsamples": shard.num_samples,
                 "filesize": shard.num_bytes,
                 "sha256": shard.sha256,

@@ -20,9 +20,15 @@ from wds_convnext.shards.naming import (
     purpose,
     split_of,
 )
-from wds_convnext.shards.remote import listed_shards, localize
-from wds_convnext.shards.spec import is_manifest, load_manifest, manifest_path, manifests_in
-from wds_convnext.storage.layout import where
+from wds_convnext.shards.remote import linked, listed_shards, localize
+from wds_convnext.shards.spec import (
+    is_manifest,
+    load_manifest,
+    manifest_path,
+    manifests_in,
+    remote_folder_of,
+)
+from wds_convnext.storage.layout import is_cached, where
 from wds_convnext.urls import check_url, is_remote, names_remote, redacted
 
 _MAX_COMMAS = 8  # in the name of a file or folder
@@ -53,15 +59,16 @@ def expand_shards(
     None where only the shard is named; its manifest, if any, is then found by its name.
     """
     found: list[tuple[str, str | None]] = []
-    for part in _parts(spec):
+    for part in split_spec(spec):
         if is_remote(part) and part.endswith(".tar"):
             manifest = localize(part)
-            braces = _with_braces(part)
-            names = None if re.search(r"[*?\[]", braces) else _expand_braces(braces)
+            names = None if re.search(r"[*?\[]", part) else expand_braces(part)
             found += [(path, manifest) for path in listed_shards(part, names, manifest)]
             continue
         local = localize(part) if is_remote(part) else part
         named = _named_manifest(local, use)
+        if named and (link := linked(named)):
+            local = named = link
         found += [(path, named) for path in _expand_part(local, allow_missing, use)]
     if not found:
         raise ShardError(f"--shards {spec!r}: names no shard. Give for example data/train.json.")
@@ -70,6 +77,19 @@ def expand_shards(
     if twice:
         raise ShardError(f"--shards {spec!r}: names {twice[0]} more than once. Name it once.")
     return dict(found)
+
+
+def reads_remote(spec: str | None) -> bool:
+    """Whether a spec names a URL, or a manifest whose shards are at one."""
+    if spec is None or names_remote(spec):
+        return spec is not None
+    for part in split_spec(spec):
+        manifests = manifests_in(part) if os.path.isdir(part) else [part]
+        for path in manifests:
+            with suppress(ShardError):
+                if path.endswith(".json") and is_manifest(path) and remote_folder_of(path):
+                    return True
+    return False
 
 
 def _named_manifest(part: str, use: str) -> str | None:
@@ -84,7 +104,7 @@ def absolute_spec(spec: str, *, start: str | os.PathLike = ".") -> str:
     """A spec that names from any working directory what this one names from `start`."""
     return ",".join(
         part if is_remote(part) else os.path.abspath(os.path.join(start, part))
-        for part in _parts(spec)
+        for part in split_spec(spec)
     )
 
 
@@ -94,7 +114,7 @@ def stated_spec(spec: str, folder: str | os.PathLike, *, use: str = "train") -> 
     Where that was is not known. Tried are the working directory, the folder and those above it; the
     first in which the spec names shards, all of which are there, is taken.
     """
-    if names_remote(spec):  # paths in other parts of it are of versions that keep them absolute
+    if reads_remote(spec):  # paths in other parts of it are of versions that keep them absolute
         return spec
     here = Path(folder).absolute()
     for start in (Path.cwd(), here, *here.parents):
@@ -105,7 +125,7 @@ def stated_spec(spec: str, folder: str | os.PathLike, *, use: str = "train") -> 
     return spec
 
 
-def _parts(spec: str) -> list[str]:
+def split_spec(spec: str) -> list[str]:
     """The paths, patterns and URLs of a comma list.
 
     A comma inside braces belongs to its part, and so does one in the name of a file or folder that
@@ -144,7 +164,7 @@ def _expand_part(part: str, allow_missing: bool, use: str) -> list[str]:
     if os.path.isfile(braces):
         return [braces]
     if "{" in braces:
-        names = _expand_braces(braces)
+        names = expand_braces(braces)
         missing = [name for name in names if not os.path.isfile(name)]
         if len(missing) == len(names):
             return _nothing(part)
@@ -163,7 +183,13 @@ def _with_braces(part: str) -> str:
     return re.sub(r"<([^<>]*\.\.[^<>]*)>", r"{\1}", part)
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern's ranges `<000..012>` and braces stand for; globs stay.
+
+    Raises:
+        ShardError: if they are too many, or do not pair.
+    """
+    pattern = _with_braces(pattern)
     # Counted first: ranges are expanded in memory, whole.
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)[^{}]*\}", pattern)
     total = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
@@ -254,6 +280,9 @@ def _nothing(part: str) -> list[str]:
 def find_counterpart(train_shard: str, *, use: str) -> str | None:
     """A spec of the "validation" or "test" shards next to a training shard; None without any."""
     folder = os.path.dirname(train_shard)
+    links = [path for path in find_files(os.path.join(folder, "*.json")) if os.path.islink(path)]
+    if links and is_cached(train_shard):  # its manifest is a local file, next to others
+        folder = os.path.dirname(where(links[0]))
     splits = _splits_in(folder)
     split = counterpart(split_of(train_shard), splits, use=use)
     if split is None:

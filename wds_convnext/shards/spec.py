@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wds_convnext.door import MAX_COUNT, base_name, count, read_json, text
-from wds_convnext.errors import ShardError
+from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.naming import find_files, split_of
-from wds_convnext.storage.layout import is_cached, where
+from wds_convnext.storage.layout import is_cached, origin_of, where
+from wds_convnext.urls import check_url, is_remote, name_in, parent
 
 MANIFEST_FORMAT = "wds_convnext 1"
 
@@ -17,7 +18,17 @@ def _check_pair(value: object) -> str:
     return "" if isinstance(value, list) and len(value) == 2 else "columns of image and label"
 
 
-_SHARD = {"url": base_name, "nsamples": count, "filesize?": count, "sha256?": text}
+def _check_place(value: object) -> str:
+    """A shard is named, next to its manifest, or by its URL."""
+    if not isinstance(value, str) or not is_remote(value):
+        return base_name(value)
+    try:
+        return base_name(name_in(check_url(value))) if is_remote(parent(value)) else "a whole URL"
+    except UsageError as error:
+        return str(error)
+
+
+_SHARD = {"url": _check_place, "nsamples": count, "filesize?": count, "sha256?": text}
 _MANIFEST = {
     "format?": lambda value: "" if value == MANIFEST_FORMAT else repr(MANIFEST_FORMAT),
     "shardlist": [_SHARD],
@@ -58,27 +69,32 @@ def total_bytes(shards: Iterable[Shard]) -> int:
     return sum(shard.num_bytes or 0 for shard in shards)
 
 
+def remote_folder_of(path: str | os.PathLike) -> str | None:
+    """The URL of the folder that holds a manifest's shards; None for those next to it.
+
+    Raises:
+        ShardError: as `load_manifest`.
+    """
+    return _read(path)[1]
+
+
 def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:
     """The content of a manifest, and its shards, their paths joined to its folder.
 
     Raises:
-        ShardError: if it is missing, not a manifest, or written by a newer version.
+        ShardError: if it is missing, not a manifest, or written by a newer version, or if it names
+            shards elsewhere (see `remote.linked`).
     """
-    try:
-        content = read_json(path, _MANIFEST)
-        if sum(entry["nsamples"] for entry in content["shardlist"]) > MAX_COUNT:
-            raise ValueError("more samples than there can be")
-    except FileNotFoundError:
-        raise ShardError(
-            f"{path}: no such manifest. Write shards with wds-convnext shards."
-        ) from None
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ShardError(f"{path}: not a manifest of shards ({reason}). Write it again.") from None
+    content, remote = _read(path)
     folder = os.path.dirname(path)
+    if remote and remote != origin_of(folder):
+        raise ShardError(
+            f"{where(str(path))}: its shards are in {remote}, not next to it. Copy manifest and "
+            "index into a local folder, and train, eval, inspect, verify or bench with that."
+        )
     shards = tuple(
         Shard(
-            os.path.join(folder, entry["url"]),
+            os.path.join(folder, name_in(entry["url"])),
             entry["nsamples"],
             entry.get("filesize"),
             entry.get("sha256"),
@@ -86,6 +102,26 @@ def load_manifest(path: str | os.PathLike) -> tuple[dict, tuple[Shard, ...]]:
         for entry in content["shardlist"]
     )
     return content, shards
+
+
+def _read(path: str | os.PathLike) -> tuple[dict, str | None]:
+    """The content of a manifest, and the remote folder of its shards, if any."""
+    try:
+        content = read_json(path, _MANIFEST)
+        if sum(entry["nsamples"] for entry in content["shardlist"]) > MAX_COUNT:
+            raise ValueError("more samples than there can be")
+        urls = [entry["url"] for entry in content["shardlist"]]
+        folders = {parent(url) if is_remote(url) else None for url in urls}
+        if len(folders) > 1:
+            raise ValueError("shards in more than one folder")
+    except FileNotFoundError:
+        raise ShardError(
+            f"{path}: no such manifest. Write shards with wds-convnext shards."
+        ) from None
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ShardError(f"{path}: not a manifest of shards ({reason}). Write it again.") from None
+    return content, next(iter(folders), None)
 
 
 def manifest_path(shard_path: str | os.PathLike) -> str:

@@ -1,4 +1,4 @@
-"""What is fetched before shards are: a folder's manifests, or one file. Run as a program.
+"""What is asked before shards are fetched: a folder's manifests, one file, sizes. Run as a program.
 
 The program, whose argument is its parent, reads a request as JSON from stdin and prints the answer,
 see `programs`.
@@ -8,40 +8,68 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
-from wds_convnext.errors import AbsentError, WdsConvnextError
+from wds_convnext.errors import AbsentError, ShardError, WdsConvnextError
 from wds_convnext.storage.programs import end_with
 from wds_convnext.storage.transfer import Counts, Store
+from wds_convnext.urls import join
+
+_NUM_SIZES = 16  # requests at a time
 
 
 def ask(request: dict) -> dict:
-    """Fetch the manifests of a folder, or one file.
+    """Fetch the manifests of a folder, or one file; or look for shards.
 
     Args:
-        request: `url`, `to` (a path), `timeout_s`, `max_bytes` of each file; of a folder also
-            `stems`, names of manifests that a folder may hold where its store has no listings.
+        request: `url`, `timeout_s`; of what is fetched `to` (a path), and `max_bytes` of each file;
+            of manifests also `stems`, those that a folder may hold where its store has no listings;
+            of shards `names`, None for all that are there.
     """
     store = Store.of(request["timeout_s"], Counts())
-    url, to, max_bytes = request["url"], request["to"], request["max_bytes"]
-    if "stems" not in request:
-        store.fetch_unchecked(url, to, max_bytes=max_bytes)
-        return {}
+    if "names" in request:
+        return {"sizes": _sizes(store, request["url"], request["names"])}
+    if "stems" in request:
+        return {"stems": _fetch_manifests(store, request)}
+    store.fetch_unchecked(request["url"], request["to"], max_bytes=request["max_bytes"])
+    return {}
+
+
+def _fetch_manifests(store: Store, request: dict) -> list[str]:
+    url, stems = request["url"], request["stems"]
     names = store.names(url)
-    stems = request["stems"]
     if names is not None:
         indexed = {name.removesuffix(".index") for name in names if name.endswith(".index")}
         stems = [name[:-5] for name in names if name.endswith(".json") and name[:-5] in indexed]
     found = []
     for stem in stems:
+        path = os.path.join(request["to"], f"{stem}.json")
         try:
-            path = os.path.join(to, f"{stem}.json")
-            store.fetch_unchecked(f"{url}/{stem}.json", path, max_bytes=max_bytes)
+            store.fetch_unchecked(f"{url}/{stem}.json", path, max_bytes=request["max_bytes"])
             found.append(stem)
         except AbsentError:
             os.unlink(path)
             if names is not None:
                 raise
-    return {"stems": found}
+    return found
+
+
+def _sizes(store: Store, url: str, names: list[str] | None) -> dict[str, int]:
+    """The bytes of shards, by name."""
+    if names is None:
+        listed = store.names(url)
+        if listed is None:
+            raise ShardError(
+                f"{url}: web servers have no listings. Name the shards: train-<000..012>.tar."
+            )
+        names = sorted(name for name in listed if name.endswith(".tar"))
+    with ThreadPoolExecutor(min(_NUM_SIZES, len(names) or 1)) as pool:
+        stores = [Store.of(store.timeout_s, Counts()) for _ in names[:_NUM_SIZES]]
+        # A client is of one thread.
+        parts = [names[start :: len(stores)] for start in range(len(stores))]
+        found = pool.map(lambda s, part: {n: s.size(join(url, n)) for n in part}, stores, parts)
+        sizes = {name: size for part in found for name, size in part.items()}
+    return {name: sizes[name] for name in names}
 
 
 def main() -> None:

@@ -5,14 +5,12 @@ of a store is ever imported here, see `programs`.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,15 @@ from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.files import free_bytes, replacing, unwritable, write_atomically
 from wds_convnext.progress import warn
+from wds_convnext.storage.claim import claim
 from wds_convnext.storage.layout import COUNTS, MARGIN, ORIGIN, Object, occupied, origin_of
 from wds_convnext.storage.programs import Supervisor, ask
 from wds_convnext.storage.schedule import Plan
+from wds_convnext.urls import join
 
 # How splits are called, where a store has no listings.
 _USUAL_STEMS = ("train", "training", "validation", "val", "valid", "dev", "eval", "test")
 _MAX_MANIFEST = 1 << 28  # bytes, as for local ones
-_MAX_CACHES = 64  # in one --cache-dir at a time
 
 
 class _Current:
@@ -101,52 +100,16 @@ class Cache:
         return self._path
 
     def _claim(self, root: Path) -> Path:
-        """A folder under `root` that no other process uses: the first that is free."""
-        for number in range(_MAX_CACHES):
-            path = root / f"cache-{number}"
-            (path / "wanted").mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                # POSIX record locks: not inherited by loader workers, so they end with us.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(lock)
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    continue
-                raise
-            self._lock = lock
-            _await_end_of_fetcher(path)
-            self._clear(path)
-            held = sum(occupied(str(f)) for f in path.rglob("*"))
-            most, size = free_bytes(path) + held, self._settings.cache_size
-            if size is not None and size > most:
-                warn(
-                    f"--cache-size {size / 1e9:.3g} GB: {most / 1e9:.3g} GB are free in {path}, so "
-                    "the cache takes no more than that."
-                )
-            self.num_bytes = most * 3 // 4 if size is None else min(size, most)
-            return path
-        raise UsageError(
-            f"--cache-dir {root}: {_MAX_CACHES} other processes have their caches there. Choose "
-            "another."
-        )
-
-    def _clear(self, path: Path) -> None:
-        """Take away what an earlier process has left, but for the shards."""
-        for name in (
-            "objects.json",
-            "plan.npy",
-            "first.npy",
-            "clock",
-            "failed",
-            "folders.json",
-        ):
-            (path / name).unlink(missing_ok=True)
-        for wanted in (path / "wanted").iterdir():
-            wanted.unlink()
-        for rest in (f for name in ("*.tmp", "incoming-*", "first") for f in path.glob(name)):
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-        (path / "counts").write_bytes(COUNTS.pack(0, 0, 0, 0, 0))
+        path, self._lock = claim(root)
+        held = sum(occupied(str(f)) for f in path.rglob("*"))
+        most, size = free_bytes(path) + held, self._settings.cache_size
+        if size is not None and size > most:
+            warn(
+                f"--cache-size {size / 1e9:.3g} GB: {most / 1e9:.3g} GB are free in {path}, so "
+                "the cache takes no more than that."
+            )
+        self.num_bytes = most * 3 // 4 if size is None else min(size, most)
+        return path
 
     def folder(self, url: str, *, stem: str | None = None) -> str:
         """The local folder that stands for a remote one, with the manifests that are there.
@@ -156,36 +119,98 @@ class Cache:
         Raises:
             ShardError: if the store cannot be read.
         """
-        if url in self._folders:
-            return self._folders[url]
+        return self._known(url, lambda: self._bring_folder(url, stem))
+
+    def link(self, manifest: str, url: str) -> str:
+        """The local folder that stands for a remote one whose manifest and index are local files.
+
+        Args:
+            manifest: its absolute path; the index stands next to it.
+            url: of the folder that holds the shards.
+        """
+        return self._known(manifest, lambda: self._link(manifest, url))
+
+    def _known(self, key: str, make: Callable[[], str]) -> str:
+        """The folder that this process, or the first of the node, has for a URL or manifest."""
+        if key in self._folders:
+            return self._folders[key]
         if self._shared is not None:
             known = json.loads((self.path / "folders.json").read_bytes())
-            if url not in known:
-                raise ShardError(f"{url}: the first process of this node has not opened it.")
+            if key not in known:
+                raise ShardError(f"{key}: the first process of this node has not opened it.")
         else:
-            known = {**self._folders, url: self._bring_folder(url, stem)}
+            known = {**self._folders, key: make()}
             write_atomically(self.path / "folders.json", json.dumps(known).encode())
-        self._folders[url] = known[url]
-        return known[url]
+        self._folders[key] = known[key]
+        return known[key]
 
     def _bring_folder(self, url: str, stem: str | None) -> str:
         """Fetch a folder's manifests. They name its local folder: others would be other shards."""
+        incoming = self._incoming()
+        stems = dict.fromkeys([*([stem] if stem else []), *_USUAL_STEMS])
+        found = self._ask(url, to=str(incoming), max_bytes=_MAX_MANIFEST, stems=list(stems))
+        names = [f"{stem}.json" for stem in sorted(found["stems"])]
+        return self._publish(incoming, url, names)
+
+    def _link(self, manifest: str, url: str) -> str:
+        incoming, name = self._incoming(), os.path.basename(manifest)
+        (incoming / name).symlink_to(manifest)
+        index = manifest.removesuffix(".json") + ".index"
+        (incoming / os.path.basename(index)).symlink_to(index)
+        return self._publish(incoming, url, [name])
+
+    def _incoming(self) -> Path:
         incoming = self.path / f"incoming-{os.urandom(4).hex()}"
         incoming.mkdir()
-        stems = dict.fromkeys([*([stem] if stem else []), *_USUAL_STEMS])
-        found = self._ask(url, str(incoming), _MAX_MANIFEST, stems=list(stems))["stems"]
+        return incoming
+
+    def _publish(self, incoming: Path, url: str, names: list[str]) -> str:
+        """Name a folder after its URL and manifests; whole shards of these that are left serve."""
         digest = hashlib.sha256(url.encode())
-        for name in sorted(found):
-            digest.update(b"\0" + name.encode() + b"\0" + (incoming / f"{name}.json").read_bytes())
+        for name in names:
+            digest.update(b"\0" + name.encode() + b"\0" + (incoming / name).read_bytes())
         folder = self.path / digest.hexdigest()[:16]
         write_atomically(incoming / ORIGIN, json.dumps({"wds_convnext cache of": url}).encode())
-        if origin_of(str(folder)) is not None:
-            shutil.rmtree(incoming)
-        else:
+        if origin_of(str(folder)) is None:
             shutil.rmtree(folder, ignore_errors=True)
             incoming.rename(folder)
             origin_of.cache_clear()
+            return str(folder)
+        for path in incoming.iterdir():
+            path.replace(folder / path.name)  # links may name other places
+        incoming.rmdir()
         return str(folder)
+
+    def place(self, url: str, names: list[str] | None) -> list[Object]:
+        """Let objects of a folder be asked for of which no manifest states what they are.
+
+        Args:
+            names: of the objects; None for all shards that are there.
+        Raises:
+            ShardError: if one is not there, or the store has no listings.
+        """
+        sizes = self._ask(url, names=names)["sizes"]
+        incoming = self._incoming()
+        write_atomically(incoming / ORIGIN, json.dumps({"wds_convnext cache of": url}).encode())
+        folder = incoming.rename(self.path / f"placed-{os.urandom(4).hex()}")
+        self._folders[str(folder)] = str(folder)
+        placed = [
+            Object(join(url, name), str(folder / name), num_bytes, None)
+            for name, num_bytes in sizes.items()
+        ]
+        self.add(placed)
+        return placed
+
+    def keep(self, paths: list[str], manifest: str, url: str) -> None:
+        """Let objects that `place` gave, as far as they are here, serve who opens their manifest.
+
+        Args:
+            manifest, url: as for `link`.
+        """
+        folder = Path(self._link(manifest, url))
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, folder / os.path.basename(path))
 
     def bring(self, url: str, path: str, *, max_bytes: int) -> None:
         """Fetch a small file, unless it is there.
@@ -193,18 +218,11 @@ class Cache:
         Raises as `folder` does.
         """
         if self._shared is None and not os.path.exists(path):
-            self._ask(url, f"{path}.tmp", max_bytes)
+            self._ask(url, to=f"{path}.tmp", max_bytes=max_bytes)
             os.rename(f"{path}.tmp", path)
 
-    def _ask(self, url: str, to: str, max_bytes: int, **more: Any) -> dict:
-        request = {
-            "url": url,
-            "to": to,
-            "max_bytes": max_bytes,
-            "timeout_s": self._settings.remote_timeout,
-            **more,
-        }
-        return ask(request)
+    def _ask(self, url: str, **more: Any) -> dict:
+        return ask({"url": url, "timeout_s": self._settings.remote_timeout, **more})
 
     @property
     def room(self) -> int:
@@ -286,15 +304,6 @@ class Cache:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _await_end_of_fetcher(path: Path) -> None:
-    """Wait for the fetcher of a process that was killed: it sees that within a moment."""
-    serving = os.open(path / "serving", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(serving, fcntl.LOCK_EX)
-    finally:
-        os.close(serving)
 
 
 class Clock:

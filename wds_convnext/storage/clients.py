@@ -11,7 +11,14 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from wds_convnext.errors import UsageError
-from wds_convnext.storage.failures import Denied, Missing, Transient, package, reason_of
+from wds_convnext.storage.failures import (
+    Denied,
+    Missing,
+    Transient,
+    by_status,
+    package,
+    reason_of,
+)
 from wds_convnext.storage.profiles import aws_profile
 from wds_convnext.storage.web import HttpClient, HubClient
 from wds_convnext.urls import name_in, parent, scheme_of
@@ -35,6 +42,16 @@ class Client(Protocol):
 
     def names(self, folder: str) -> list[str] | None:
         """The names of the objects in a folder; None where the store has no listings."""
+
+    def size(self, url: str) -> int:
+        """The bytes of an object.
+
+        Raises:
+            Missing, Denied, Transient: as its client has them.
+        """
+
+    def is_sealed(self, url: str) -> bool:
+        """Whether the connection checks all bytes on their way, as TLS does."""
 
 
 def client_for(url: str, *, stall_s: float) -> Client:
@@ -96,11 +113,24 @@ class ObstoreClient:
             raise self._translated(error) from None
         return [name_in(entry["path"]) for entry in found["objects"]]
 
+    def size(self, url: str) -> int:
+        try:
+            return int(self._obstore.head(self._store(parent(url)), name_in(url))["size"])
+        except Exception as error:
+            raise self._translated(error) from None
+
+    def is_sealed(self, url: str) -> bool:
+        return not self._endpoint.startswith("http:")
+
+    @property
+    def _endpoint(self) -> str:
+        """The S3 server that is named; empty for the usual one."""
+        endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        stated = self._options.get("aws_endpoint")
+        return next(filter(None, [*map(os.environ.get, endpoints), stated]), "")
+
     def _store(self, folder: str) -> Any:
         if folder not in self._stores:
-            endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-            stated = self._options.get("aws_endpoint")
-            endpoint = next(filter(None, [*map(os.environ.get, endpoints), stated]), "")
             store_url = re.sub(r"^r2://", "s3://", folder)
             self._stores[folder] = self._obstore.store.from_url(
                 store_url,
@@ -108,7 +138,7 @@ class ObstoreClient:
                 client_options={
                     "connect_timeout": f"{self._stall_s * 1000:.0f}ms",
                     "timeout": f"{4 * self._stall_s * 1000:.0f}ms",  # of a part
-                    "allow_http": endpoint.startswith("http:"),
+                    "allow_http": self._endpoint.startswith("http:"),
                 },
                 **self._options,
             )
@@ -131,7 +161,7 @@ class ObstoreClient:
             return Transient("no credentials found")
         status = re.search(r"status code: (\d+)", str(error))
         if status:
-            return Transient(f"status {status[1]}")
+            return by_status(int(status[1]))
         return Transient("no connection" if "HTTP error" in str(error) else type(error).__name__)
 
 
@@ -149,27 +179,37 @@ class FsspecClient:
             ) from None
 
     def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
+        size = self.size(url) if stop is None else stop
         try:
-            size = int(self._system.info(url)["size"]) if stop is None else stop
             while start < size:
                 piece = self._system.cat_file(url, start=start, end=min(size, start + _PART))
                 if not piece:
                     raise Transient("cut short")
                 start += len(piece)
                 yield piece
-        except FileNotFoundError:
-            raise Missing from None
-        except PermissionError:
-            raise Denied("no permission") from None
-        except Transient:
-            raise
-        except Exception as error:  # of plug-ins, whose kinds are not known here
-            raise Transient(reason_of(error)) from None
+        except Exception as error:
+            raise _translated(error) from None
 
     def names(self, folder: str) -> list[str] | None:
         try:
             return [name_in(path) for path in self._system.ls(folder, detail=False)]
-        except FileNotFoundError:
-            raise Missing from None
         except Exception as error:
-            raise Transient(reason_of(error)) from None
+            raise _translated(error) from None
+
+    def size(self, url: str) -> int:
+        try:
+            return int(self._system.info(url)["size"])
+        except Exception as error:
+            raise _translated(error) from None
+
+    def is_sealed(self, url: str) -> bool:
+        return False  # not known
+
+
+def _translated(error: Exception) -> Exception:
+    """A failure of an fsspec plug-in, whose kinds are not known here."""
+    if isinstance(error, FileNotFoundError):
+        return Missing()
+    if isinstance(error, PermissionError):
+        return Denied("no permission")
+    return error if isinstance(error, Transient) else Transient(reason_of(error))

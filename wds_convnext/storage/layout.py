@@ -9,9 +9,10 @@
     failed            why the fetcher gave up, one line
     counts            what it did
     folders.json      which local folder stands for which URL, for other ranks of the node
-    FOLDER/           a remote folder: .origin says which; manifests, indexes, and those of its
-                      shards that are here now. They are published by rename, so what has its name
-                      is whole; what is read is locked (shared), so that it is not evicted meanwhile
+    FOLDER/           a remote folder: .origin says which; manifests and indexes (or links to local
+                      ones), and those of its shards that are here now. They are published by
+                      rename, so what has its name is whole; what is read is locked (shared), so
+                      that it is not evicted meanwhile
 
 Whatever is killed, and whenever: nothing here has to be repaired.
 """
@@ -45,7 +46,7 @@ class Object(NamedTuple):
     url: str
     path: str
     num_bytes: int
-    sha256: str
+    sha256: str | None  # None: no manifest states it yet
 
     @property
     def token(self) -> str:
@@ -75,10 +76,12 @@ def is_cached(path: str | os.PathLike) -> bool:
 
 
 def where(path: str) -> str:
-    """A path as people know it: the URL of a remote object."""
+    """A path as people know it: the URL of a remote object, or what a link in a cache names."""
     folder, name = os.path.split(path)
     origin = origin_of(folder)
-    return path if origin is None else join(origin, name)
+    if origin is None:
+        return path
+    return os.readlink(path) if os.path.islink(path) else join(origin, name)
 
 
 class _Waiting:

@@ -99,22 +99,37 @@ class Store:
             if start is None:  # ranges do not outlive their run
                 os.fsync(file.fileno())
 
-    def fetch_unchecked(self, url: str, path: str, *, max_bytes: int) -> None:
-        """Write an object of which nothing is known, when two fetches in a row are alike.
+    def fetch_unchecked(
+        self, url: str, path: str, *, max_bytes: int = 1 << 62, num_bytes: int | None = None
+    ) -> None:
+        """Write an object of unknown content, when two fetches in a row are alike.
+
+        Args:
+            num_bytes: that it has, if that is known. Then one fetch is enough where bytes cannot
+                change on their way.
 
         Raises as `fetch` does.
         """
         before = None
         started = time.monotonic()
         while True:
-            self.fetch(url, path, Expected(max_bytes=max_bytes))
+            self.fetch(url, path, Expected(num_bytes, max_bytes=max_bytes))
+            if num_bytes is not None and self.clients.of(url).is_sealed(url):
+                return
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest == before:
                 return
-            if time.monotonic() - started > self.timeout_s:
+            if time.monotonic() - started > self.timeout_s and before is not None:
                 raise ShardError(f"{url}: it is another each time. Wait until it is written.")
             before = digest
+
+    def size(self, url: str) -> int:
+        """The bytes of an object.
+
+        Raises as `names` does.
+        """
+        return self._again(url, lambda: self.clients.of(url).size(url))
 
     def _again(
         self, url: str, ask: Callable[[], Result], *, progress: Callable[[], int] = lambda: 0
@@ -225,6 +240,11 @@ class _Transfer:
         last = self._wrong[-_NUM_ALIKE:]
         if len(self._wrong) >= _MAX_WRONG or last == _NUM_ALIKE * last[:1]:
             wanted = self._expected
+            if wanted.sha256 is None:
+                raise ShardError(
+                    f"{self._url}: it has {found}, but had {wanted.num_bytes:,} bytes a moment "
+                    "ago. Wait until it is written, then run the same command again."
+                )
             raise ShardError(
                 f"{self._url}: it has {found}, but its manifest says {wanted.num_bytes:,} bytes, "
                 f"SHA-256 {str(wanted.sha256)[:16]}…: the object is another than the manifest's. "

@@ -5,6 +5,7 @@ import re
 import ssl
 from base64 import b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from time import time
@@ -32,14 +33,39 @@ class HttpClient:
         self._stall_s = stall_s
 
     def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
-        yield from self._get(url, {}, start, stop)
+        target, headers = self._target(url)
+        with self._answering(target, headers, start, stop) as response:
+            if response.status == 416 and start:
+                return  # the object ends before `start`
+            self._check(response, start, stop)
+            while piece := response.read1(_PIECE):
+                yield piece
+            if response.length:
+                raise Transient("cut short")
 
     def names(self, folder: str) -> list[str] | None:
         return None
 
-    def _get(
+    def size(self, url: str) -> int:
+        target, headers = self._target(url)
+        with self._answering(target, headers, 0, 1) as response:
+            if response.status == 206:
+                return int(response.headers.get("Content-Range", "").rpartition("/")[2])
+            self._check(response, 0, None)
+            return int(response.headers.get("Content-Length", ""))
+
+    def is_sealed(self, url: str) -> bool:
+        return self._target(url)[0].startswith("https:")
+
+    def _target(self, url: str) -> tuple[str, dict[str, str]]:
+        """The URL by which a web server knows an object, and headers of the request."""
+        return url, {}
+
+    @contextmanager
+    def _answering(
         self, url: str, headers: dict[str, str], start: int, stop: int | None
-    ) -> Iterator[bytes]:
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a GET, after redirects; whatever goes wrong with it is transient."""
         connection: http.client.HTTPConnection | None = None
         try:
             for _ in range(_MAX_REDIRECTS + 1):
@@ -53,13 +79,7 @@ class HttpClient:
                     headers = {}  # credentials are for the first host alone
                 url = target
                 connection.close()
-            if response.status == 416 and start:
-                return  # the object ends before `start`
-            self._check(response, start, stop)
-            while piece := response.read1(_PIECE):
-                yield piece
-            if response.length:
-                raise Transient("cut short")
+            yield response
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Transient(reason_of(error)) from None
         finally:
@@ -152,15 +172,14 @@ class HubClient(HttpClient):
         super().__init__(stall_s)
         self._hub = package("huggingface_hub")
 
-    def read(self, url: str, start: int, stop: int | None = None) -> Iterator[bytes]:
+    def _target(self, url: str) -> tuple[str, dict[str, str]]:
         kind, repo, revision, path = self._parts(url)
         if kind == "datasets":
             target = self._hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision)
         else:
             endpoint = self._hub.HfApi().endpoint
             target = f"{endpoint}/buckets/{repo}/resolve/{quote(path)}"
-        headers = {k: v for k, v in self._hub.utils.build_hf_headers().items() if v}
-        yield from self._get(target, headers, start, stop)
+        return target, {k: v for k, v in self._hub.utils.build_hf_headers().items() if v}
 
     def names(self, folder: str) -> list[str] | None:
         kind, repo, revision, path = self._parts(folder + "/x")

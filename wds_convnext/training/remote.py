@@ -12,6 +12,7 @@ from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import UsageError, WdsConvnextError
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.expand import reads_remote
 from wds_convnext.shards.index import HAS_CHECKSUM
 from wds_convnext.shards.spec import Shard
 from wds_convnext.storage.cache import Cache, Clock, caching, current_cache
@@ -21,7 +22,6 @@ from wds_convnext.stream.order import EvalOrder
 from wds_convnext.stream.plan import Ranks, RunPlan, evaluation_uses, largest_buffer
 from wds_convnext.stream.workers import batches_ahead, num_workers
 from wds_convnext.training.distributed import World, gather_lists
-from wds_convnext.urls import names_remote
 
 if TYPE_CHECKING:
     from wds_convnext.training.run import Run
@@ -78,11 +78,11 @@ def node_cache(settings: RemoteConfig, specs: Sequence[str | None], world: World
     """One cache for the ranks of a node, of which the first one opens it.
 
     Args:
-        specs: of shards. Without a URL among them nothing is agreed upon, and nothing written.
+        specs: of shards. If none are remote nothing is agreed upon, and nothing written.
     Raises:
         UsageError: on all ranks, if a cache cannot be opened.
     """
-    if world.local_size == 1 or not any(map(names_remote, specs)):
+    if world.local_size == 1 or not any(map(reads_remote, specs)):
         with caching(settings):
             yield
         return
@@ -110,7 +110,7 @@ def first_on_each_node(
     Raises:
         WdsConvnextError: on all ranks, if it fails on one.
     """
-    if world.local_size == 1 or not any(map(names_remote, specs)):
+    if world.local_size == 1 or not any(map(reads_remote, specs)):
         return open()
     value: list[Value] = []
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
