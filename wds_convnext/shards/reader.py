@@ -49,6 +49,7 @@ class SampleReader:
         self.max_open = max_open or (max(1, limit // 4) if few else _MAX_OPEN)
         self.num_opened = 0
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._found: tuple[int, int, int, Record] | None = None
 
     def read(self, number: int) -> tuple[bytes, int]:
         """The encoded image and the label of one sample.
@@ -58,8 +59,7 @@ class SampleReader:
             DataError: if the label is not an integer, or image, label or place are not those that
                 were indexed.
         """
-        shard, sample = self.dataset.locate(number)
-        record = self._index.record(shard, sample)
+        shard, _, record = self._find(number)
         if self.dataset.shards[shard].is_remote:
             path = self.dataset.shards[shard].path
             if span := read_early(path, record.start, record.num_bytes):
@@ -76,13 +76,13 @@ class SampleReader:
 
     def _cut(self, number: int, record: Record, span: bytes, start: int) -> tuple[bytes, int]:
         """Image and label of a sample, of its shard's bytes from `start`."""
-        shard, _ = self.dataset.locate(number)
+        shard, _, _ = self._find(number)
         image, label = (self._member(shard, member, span, start) for member in record.places)
         return image, self._checked_label(number, record, image, label)
 
     def is_known_to_decode(self, number: int) -> bool:
         """Whether the image that `read` gives, compared with its checksum, has decoded before."""
-        record = self._index.record(*self.dataset.locate(number))
+        _, _, record = self._find(number)
         return record.flags & _KNOWN_TO_DECODE == _KNOWN_TO_DECODE
 
     def will_read(self, number: int) -> None:
@@ -145,6 +145,14 @@ class SampleReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def _find(self, number: int) -> tuple[int, int, Record]:
+        """Where a sample stands: its shard, its number there, its record. The last one is kept."""
+        found = self._found  # read once: threads may share a reader
+        if found is None or found[0] != number:
+            shard, sample = self.dataset.locate(number)
+            self._found = found = number, shard, sample, self._index.record(shard, sample)
+        return found[1:]
+
     def _members(self, shard: int, record: Record, span: bytes) -> list[Member]:
         """The members of a sample whose headers stand in `span`, its bytes or the first of them."""
         path = self.dataset.shards[shard].where
@@ -176,7 +184,7 @@ class SampleReader:
                 f"{self._name(number)}: label {label} is outside the {num_classes:,} classes. "
                 "Copy the shards and their manifest again, or write them again."
             )
-        _, sample = self.dataset.locate(number)
+        _, sample, _ = self._find(number)
         if record.flags & HAS_CHECKSUM and checksum(image, label, sample) != record.checksum:
             raise DataError(
                 f"{self._name(number)}: image or label are not those that were indexed (checksum). "

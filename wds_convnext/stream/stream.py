@@ -197,7 +197,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         for_known = getattr(self.transform, "for_known", None)
         return for_known() if for_known else self.transform
 
-    @property
+    @cached_property
     def _decodes_groups(self) -> bool:
         decoder = getattr(self._for_known, "decoder", None)
         return decoder == "nvimgcodec" and hasattr(self._for_known, "crops")
@@ -214,14 +214,15 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
 
         None for those that it has to load itself, as they may be refused.
         """
-        known = [place for place, n in enumerate(numbers) if reader.is_known_to_decode(n)]
-        if not known or not self._decodes_groups:
+        samples: dict[int, tuple[bytes, int]] = {}
+        for place, number in enumerate(numbers):
+            if reader.is_known_to_decode(number) and self._decodes_groups:
+                with suppress(DataError):
+                    samples[place] = reader.read(number)
+        if not samples:
             yield from itertools.repeat(None, len(numbers))
             return
-        transform, samples = self._for_known, {}
-        for place in known:
-            with suppress(DataError):
-                samples[place] = reader.read(numbers[place])
+        transform = self._for_known
         images = [data for data, _ in samples.values()]
         crops = dict(zip(samples, transform.crops(images, draws[list(samples)])))
         for place in range(len(numbers)):
