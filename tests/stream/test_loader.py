@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import HANG_S, write_shards
 from streams import (
     SIZES,
@@ -28,7 +29,7 @@ from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream import workers as loader
 from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.stream import ShardStream
-from wds_convnext.stream.transforms import EvalTransform
+from wds_convnext.stream.transforms import EvalTransform, TrainTransform
 
 pytestmark = pytest.mark.usefixtures("no_workers_left")
 
@@ -64,6 +65,22 @@ def test_a_killed_worker_is_started_again_and_changes_nothing(damaged_set, victi
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(victims)
     assert all("A loader worker died (SIGKILL); it is started again" in line for line in said)
+
+
+def test_a_batch_that_is_held_stays_as_it_is(dataset):
+    """As a tensor, as a view of one, as numpy's. Memory that nobody holds is used again."""
+    order = train_order(dataset)
+    stream = ShardStream(dataset, order, batch_size=4, transform=TrainTransform(80))
+    straight = [batch.images for batch in take(stream, 12)]
+    batches = make_loader(stream, workers=1)
+    held = [next(batches).images, next(batches).images[1], next(batches).images.numpy()[2]]
+    places = {next(batches).images.data_ptr() for _ in range(9)}
+    batches.close()
+
+    assert torch.equal(held[0], straight[0])
+    assert torch.equal(held[1], straight[1][1])
+    assert torch.equal(torch.from_numpy(held[2]), straight[2][2])
+    assert len(places) < 9
 
 
 class Deadly(EvalTransform):
