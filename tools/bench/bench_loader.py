@@ -5,6 +5,7 @@
     python tools/bench/bench_loader.py PARQUET --photo-size 4000x3000 --images 400 --batch-size 16
     python tools/bench/bench_loader.py PARQUET --loaders all
     python tools/bench/bench_loader.py PARQUET --loaders ours --before CHECKOUT --measure 1500
+    python tools/bench/bench_loader.py PARQUET --alive --measure 1500
 
 PARQUET is a folder in mini-imagenet's layout; its training images are repeated until there are
 --images, or so many are taken evenly. --photo-size brings each to one size before any format is
@@ -18,6 +19,10 @@ all loaders in turn, so that a drift of the machine's speed hits all of them. "o
 images/s over the row's, taken round by round: the median, then the lowest and highest; "its CPU is"
 the row's CPU time per image over ours, which other work on the machine disturbs less. Memory is
 the peak proportional set size of the process tree.
+
+With --alive each loader is started once, and waits, its batches made ahead, while the others are
+measured; then a round takes a tenth of the time, as compilers and imports of peers take most of it
+(FFCV 30 s). Memory is lower then: what several of these processes map counts for each in part.
 
 A loader that fails, or whose library is missing, is left out with the reason. DALI comes with
 `pip install .[bench]`. FFCV is not in that extra, as it compiles against system libraries:
@@ -40,21 +45,17 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import click
+from bench_apart import Apart, measure_when_asked, one_line, wait_for_quiet
 from bench_formats import prepare, write_photos
 from bench_peers import LOADERS, Setting
 
-from wds_convnext.check.measure import measure_loader
 from wds_convnext.errors import DataError, WdsConvnextError, did_you_mean
 
 LIBRARIES = (
@@ -63,68 +64,6 @@ LIBRARIES = (
     *("ffcv", "numba", "opencv-python", "nvidia-dali-cuda130", "wds-convnext"),
 )
 Results = dict[str, list[dict]]  # by loader, one LoaderCost for each round
-
-
-def measure(name: str, setting: Setting, *, num_images: int) -> dict:
-    """One loader in this process: after a warm-up, its rate, CPU time and memory."""
-    cost = measure_loader(
-        LOADERS[name].batches(setting),
-        batch_size=setting.batch_size,
-        num_images=num_images,
-        warmup_batches=8 + 4 * setting.workers,
-    )
-    return asdict(cost)
-
-
-def measure_apart(name: str, *, timeout_s: float, before: Path | None) -> dict:
-    """The same in a process of its own, started with this one's arguments.
-
-    Args:
-        before: a checkout of another commit, which `before` is measured from.
-
-    Raises:
-        DataError: why there is no result, in one line.
-    """
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", name]
-    package = {"PYTHONPATH": str(before.resolve())} if name == "before" and before else {}
-    environment = os.environ | package
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=err, start_new_session=True, env=environment
-        )
-        try:
-            exit_code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise DataError(f"no result after {timeout_s:.0f} s") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its workers are endless
-            process.wait()
-        out.seek(0)
-        err.seek(0)
-        if exit_code == 0:
-            return json.loads(out.read().splitlines()[-1])
-        complaints = err.read().split("\n")
-        reason = next((line for line in reversed(complaints) if line.strip()), "")
-        raise DataError(reason if exit_code > 0 else f"ended by signal {-exit_code}: {reason}")
-
-
-def measure_and_exit(name: str, setting: Setting, *, num_images: int) -> None:
-    """Print the result, or why there is none; do not wait for workers, which are endless."""
-    try:
-        print(json.dumps(measure(name, setting, num_images=num_images)), flush=True)
-    except Exception as error:  # peers raise nearly every type
-        print(one_line(error), file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-
-
-def one_line(error: Exception) -> str:
-    """An error's type and message; of a traceback within the message, its last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, WdsConvnextError):
-        return " ".join(lines)
-    return ": ".join([type(error).__name__, *lines[:1], *lines[1:][-1:]])
 
 
 def formats_folder(work: Path, source: Path, *, num_images: int, photo_size) -> Path:
@@ -150,28 +89,43 @@ def prepare_all(names: list[str], formats: Path, write) -> dict[str, str]:
 
 
 def run_rounds(
-    names: list[str], failures: dict[str, str], *, rounds: int, timeout_s, before
+    names: list[str], failures: dict[str, str], *, rounds: int, start, is_alive: bool
 ) -> Results:
-    """Measure all loaders in turn, again and again; those that fail move to `failures`."""
+    """Measure all loaders in turn, again and again; those that fail move to `failures`.
+
+    Args:
+        start: the name of a loader -> Apart.
+        is_alive: whether a loader goes on, once started, instead of being started each time.
+    """
     results: Results = {name: [] for name in names if name not in failures}
-    started, num_done = time.monotonic(), 0
-    for number in range(1, rounds + 1):
-        for name in list(results):
-            try:
-                cost = measure_apart(name, timeout_s=timeout_s, before=before)
-            except DataError as error:
-                failures[name] = str(error)
-                del results[name]
-                echo(f"{name} is left out: {error}")
-                continue
-            results[name].append(cost)
-            num_done += 1
-            num_left = sum(rounds - len(costs) for costs in results.values())
-            left_s = (time.monotonic() - started) / num_done * num_left
-            rate = f"{cost['images_per_s']:,.0f} images/s"
-            cpu = "n/a" if cost["cpu_ms_per_image"] is None else f"{cost['cpu_ms_per_image']:.3f}"
-            told = f"{name}: {rate}, {cpu} CPU ms an image"
-            echo(f"round {number} of {rounds}, {told}; {left_s:,.0f} s left")
+    started, num_done, running = time.monotonic(), 0, dict[str, Apart]()
+    with contextlib.ExitStack() as stack:
+        for number in range(1, rounds + 1):
+            for name in list(results):
+                if name not in running:
+                    running[name] = start(name)
+                    stack.callback(running[name].kill)
+                wait_for_quiet()
+                try:
+                    cost = running[name].measure()
+                except DataError as error:
+                    failures[name] = str(error)
+                    del results[name]
+                    echo(f"{name} is left out: {error}")
+                    continue
+                finally:
+                    if not is_alive:
+                        running.pop(name).kill()
+                results[name].append(cost)
+                num_done += 1
+                num_left = sum(rounds - len(costs) for costs in results.values())
+                left_s = (time.monotonic() - started) / num_done * num_left
+                rate = f"{cost['images_per_s']:,.0f} images/s"
+                cpu = (
+                    "n/a" if cost["cpu_ms_per_image"] is None else f"{cost['cpu_ms_per_image']:.3f}"
+                )
+                told = f"{name}: {rate}, {cpu} CPU ms an image"
+                echo(f"round {number} of {rounds}, {told}; {left_s:,.0f} s left")
     return results
 
 
@@ -284,6 +238,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--loaders", default=DEFAULT_LOADERS, callback=parse_loaders, show_default=True)
 @click.option("--timeout", "timeout_s", default=600, type=COUNT, show_default=True, help="Seconds.")
 @click.option("--before", type=FOLDER, help="A checkout of another commit: adds it as a loader.")
+@click.option("--alive", is_flag=True, help="Start each loader once, not for each round.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 @click.option("--one", hidden=True, help="Measure this loader, in this process.")
 def main(parquet, work, images, photo_size, image_size, batch_size, **options) -> None:
@@ -293,17 +248,22 @@ def main(parquet, work, images, photo_size, image_size, batch_size, **options) -
     if options["before"] and "before" not in options["loaders"]:
         options["loaders"].insert(1, "before")
     if options["one"]:
-        measure_and_exit(options["one"], setting, num_images=options["measured"])
+        measure_when_asked(
+            partial(LOADERS[options["one"]].batches, setting),
+            batch_size=batch_size,
+            num_images=options["measured"],
+            warmup_batches=8 + 4 * setting.workers,
+        )
     write = partial(write_photos, parquet, images, photo_size)
     try:
         failures = prepare_all(options["loaders"], formats, write)
-        timeout_s = options["timeout_s"]
+        start = partial(Apart, timeout_s=options["timeout_s"], before=options["before"])
         results = run_rounds(
             options["loaders"],
             failures,
             rounds=options["rounds"],
-            timeout_s=timeout_s,
-            before=options["before"],
+            start=start,
+            is_alive=options["alive"],
         )
     except (WdsConvnextError, OSError) as error:
         raise click.ClickException(str(error)) from None

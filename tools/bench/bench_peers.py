@@ -82,15 +82,19 @@ def bare_loop(setting: Setting) -> Iterator:
     reader = SampleReader(dataset)
     images = [reader.read(number)[0] for number in range(len(dataset))]
     context = multiprocessing.get_context("fork")  # shares the images
-    batches_done = context.Semaphore(0)
-    for number in range(max(1, setting.workers)):
-        arguments = (images, setting, number, batches_done)
+    workers = max(1, setting.workers)
+    batches_done, batches_to_do = context.Semaphore(0), context.Semaphore(3 * workers)
+    for number in range(workers):
+        arguments = (images, setting, number, batches_done, batches_to_do)
         context.Process(target=_transform_for_ever, args=arguments, daemon=True).start()
     while True:
         yield batches_done.acquire()
+        batches_to_do.release()
 
 
-def _transform_for_ever(images: list[bytes], setting: Setting, number: int, batches_done) -> None:
+def _transform_for_ever(
+    images: list[bytes], setting: Setting, number: int, batches_done, batches_to_do
+) -> None:
     import torch
 
     from wds_convnext.stream.transforms import TrainTransform
@@ -99,6 +103,7 @@ def _transform_for_ever(images: list[bytes], setting: Setting, number: int, batc
     transform, rng = TrainTransform(setting.image_size), np.random.default_rng(number)
     visits = itertools.chain.from_iterable(rng.permutation(len(images)) for _ in itertools.count())
     while True:
+        batches_to_do.acquire()
         for visit in itertools.islice(visits, setting.batch_size):
             transform(images[visit], rng.random(transform.NUM_DRAWS))
         batches_done.release()
