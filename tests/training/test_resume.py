@@ -121,7 +121,8 @@ def test_killed_at_random_moments_and_resumed_is_as_if_never_killed(
 ):
     """kill -9 of the whole process group, three times, then to the end.
 
-    The moments are random within the time of two checkpoints, as this machine takes it.
+    The moments are random within the time of two checkpoints, as this machine takes it; the last
+    is one at which a checkpoint is being written.
     """
     out, rng = tmp_path / "run", random.Random(workers)
     command = train_command(shards, out, **EXTRAS | {"--workers": workers, "--save-every": 2})
@@ -131,6 +132,8 @@ def test_killed_at_random_moments_and_resumed_is_as_if_never_killed(
         started = time.monotonic()
         wait_for_a_newer_step(out, process)
         time.sleep(2 * rng.random() * (time.monotonic() - started))
+        while attempt == 2 and process.poll() is None and not any(out.glob("*.pt.*.tmp")):
+            pass
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=HANG_S)
         assert process.returncode == -signal.SIGKILL

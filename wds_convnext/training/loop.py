@@ -39,8 +39,8 @@ def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) ->
     Returns:
         Whether the last step was reached.
     Raises:
-        WdsConvnextError: if a loss or gradient is not finite, too many samples do not decode, or
-            the data cannot be read. What can be saved is saved.
+        WdsConvnextError: if a loss or gradient is not finite, too many samples do not decode, the
+            data cannot be read, or a checkpoint not written. What can be saved is saved.
     """
     try:
         _train_and_validate(run, batches, log=log, rundir=rundir)
@@ -49,9 +49,11 @@ def fit(run: "Run", batches: Iterator[Batch], *, log: RunLog, rundir: RunDir) ->
         _finite_interval(run)
         log.bad_samples(run.state.bad_samples.collect(run.machine.world))
         _save(run, log=log, rundir=rundir)
+        rundir.wait()
         if not isinstance(ending, Stopped):
             raise
         return False
+    rundir.wait()  # on all ranks, which read best.pt next
     return True
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from wds_convnext.options import format_toml, read_run_toml
 from wds_convnext.training.checkpoint import load_checkpoint, save_checkpoint
 from wds_convnext.training.distributed import World, decided_by_main
 from wds_convnext.training.runs import files_of_a_run, half_written
+from wds_convnext.training.saving import Writer, copy_to_host
 
 if TYPE_CHECKING:
     from wds_convnext.training.run import Run
@@ -42,6 +43,7 @@ class RunDir:
     world: World
     keep: int = 2  # checkpoints by step's number that stay
     resumed: Path | None = None  # the checkpoint that the run goes on from
+    writer: Writer = field(default_factory=Writer)
 
     def load(self) -> dict[str, Any] | None:
         """The checkpoint that the run goes on from; None for a run that starts.
@@ -107,14 +109,25 @@ class RunDir:
         return notes
 
     def save(self, run: "Run", *, by_step: bool = True, is_best: bool = False) -> None:
-        """Write a checkpoint as last.pt, and under the names of its step and of the best."""
+        """Begin to write a checkpoint as last.pt, and under the names of its step and of the best.
+
+        What the run changes from here on is not in it.
+
+        Raises:
+            CheckpointError: if the one before, for which this waits, could not be written.
+        """
         if not self.world.is_main:
             return
+        self.writer.wait()  # before the copy: memory holds one of them at most
         # last.pt comes last: a kill in between must not leave it with the accuracy of a best.pt
         # that is not there. A resume from the one before makes the same best.pt again.
         names = [f"step-{run.state.step:09d}.pt"] * by_step + ["best.pt"] * is_best + ["last.pt"]
+        content = copy_to_host({**run.state.state_dict(), "facts": run.facts.to_dict()})
+        self.writer.start(partial(self._write, names, content))
+
+    def _write(self, names: list[str], content: dict[str, Any]) -> None:
         first, *others = (self.path / name for name in names)
-        save_checkpoint(first, {**run.state.state_dict(), "facts": run.facts.to_dict()})
+        save_checkpoint(first, content)
         try:
             for path in others:
                 link_checkpoint(first, path)
@@ -122,13 +135,22 @@ class RunDir:
         except OSError as error:
             raise CheckpointError(unwritable(error.filename, error)) from None
 
+    def wait(self) -> None:
+        """Wait, on all ranks, for the checkpoint that is being written.
+
+        Raises:
+            CheckpointError: on all ranks, if it could not be.
+        """
+        decided_by_main(self.writer.wait, self.world)
+
     @contextlib.contextmanager
     def status(self, run: "Run") -> Iterator["Status"]:
         """Within this context the run is running; status.json says so, and then how it ended."""
         status = Status()
         self._write_status(status="running", step=run.state.step)
         try:
-            yield status
+            with self.writer:  # what it writes is whole before the status says how the run ended
+                yield status
         except BaseException as error:
             reason = str(error) or type(error).__name__
             with contextlib.suppress(CheckpointError):  # where the disk is full, or the folder gone
