@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
 MODULES = ["preloaded", "wds_convnext.cli", "wds_convnext.training.train", "timm.models.convnext"]
 _context = multiprocessing.get_context("forkserver")
+_starting = threading.Lock()  # ranks of a run are started by a thread each
 
 
 def run_preloaded(
@@ -23,14 +25,15 @@ def run_preloaded(
 
     Arguments ["-c", code] run a program instead, as they do for Python.
     """
-    before = dict(os.environ)
-    os.environ.update(env)  # OMP_NUM_THREADS counts when torch is imported
-    try:
-        _context.set_forkserver_preload(MODULES)
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with _starting:
+        before = dict(os.environ)
+        os.environ.update(env)  # OMP_NUM_THREADS counts when torch is imported
+        try:
+            _context.set_forkserver_preload(MODULES)
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder, name) for name in ("stdout", "stderr")]
         process = _context.Process(target=_call, args=(arguments, cwd, env, printed))

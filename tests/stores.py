@@ -65,6 +65,7 @@ class HostileStore(ThreadingHTTPServer):
         self.line_free = 0.0  # when the line has sent all that was to be sent
         self.rng, self.lock = random.Random(seed), threading.Lock()
         self.asked: Counter[str] = Counter()  # names of objects
+        self.asked_whole: Counter[str] = Counter()  # those not asked for by a range with an end
         self.failed: Counter[str] = Counter()  # faults
         self.sent = 0  # bytes of bodies
         self.num_ranges = 0  # that were asked for, with an end
@@ -110,6 +111,8 @@ class _Answer(BaseHTTPRequestHandler):
         size, start = len(data), 0
         time.sleep(self.server.latency_s)
         ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not (ranged and ranged[2]):
+            self.server.asked_whole[name.rpartition("/")[2]] += 1
         if ranged and self.server.ranged:
             start = int(ranged[1])
             if start >= size:

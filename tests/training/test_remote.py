@@ -1,14 +1,19 @@
 """A run from a store equals the run from local files, bit for bit."""
 
+import json
 import os
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import TINY_RUN, command, run
+from conftest import HANG_S, TINY_RUN, command, run
+from preloaded import run_preloaded
 from stores import FAULTS, serving, write_store
 from test_resume import assert_same
 
+from wds_convnext.check.index import index
 from wds_convnext.storage.layout import occupied
 from wds_convnext.training.checkpoint import load_checkpoint
 
@@ -17,7 +22,7 @@ OPTIONS = TINY_RUN | {
     "--epochs": "2",
     "--max-steps": "50",
     "--shuffle-buffer": "1",
-    "--remote-timeout": "6",
+    "--remote-timeout": "20",
 }
 
 
@@ -82,16 +87,52 @@ def test_a_hostile_store_changes_nothing(shards, local, tmp_path):
     assert not list((tmp_path / "cache").glob("*/first"))
     fetched = [name for name in store.asked if name.endswith(".tar")]
     assert len(fetched) >= 160 and max(store.asked[name] for name in fetched) > 1
+    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    last = [entry for entry in logged if "remote/hits" in entry][-1]
+    assert 0 < last["remote/hits"] < 1 and last["remote/fetched_gb"] > 0
+    assert last["remote/waits"] > 0 and last["remote/wait_s"] > 0
     config = (tmp_path / "run/config.toml").read_text()
     assert f'shards = "{store.url}/train.json"' in config
 
 
-def test_a_store_without_ranges_is_waited_for(shards, local, tmp_path):
-    """The first batches wait for whole shards; the weights are the same."""
-    with serving(shards, ranged=False) as store:
-        arguments = ["--cache-dir", tmp_path / "cache"]
-        options = OPTIONS | {"--workers": "1", "--out": tmp_path / "run"}
-        run(command("train", "--shards", f"{store.url}/train.json", *arguments, **options))
+def run_on_two_ranks(arguments):
+    """A command on two gloo ranks of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
-    assert_same(weights(tmp_path / "run"), local)
-    assert store.num_ranges == 0
+    def run_rank(rank):
+        env = {**os.environ, **shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return run_preloaded(arguments, cwd=None, env=env, timeout=HANG_S)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run_rank, range(2)))
+    assert not any(result.returncode for result in results), results
+    return results
+
+
+def test_two_ranks_share_one_cache(shards, tmp_path):
+    """Each shard is fetched once for both ranks; the weights are those of local shards.
+
+    The store has no ranges, so the first batches wait for whole shards.
+    """
+    options = OPTIONS | {"--batch-size": "4", "--max-steps": "12", "--workers": "1"}
+
+    def train(spec, name, *more):
+        arguments = ["train", "--shards", spec, "--out", tmp_path / name, *more]
+        arguments += [part for pair in options.items() for part in pair]
+        run_on_two_ranks(list(map(str, arguments)))
+        return weights(tmp_path / name)
+
+    with serving(shards, ranged=False) as store:
+        indexed = {"out": str(tmp_path / "index"), "cache_dir": str(tmp_path / "other")}
+        spec = f"{store.url}/train-<000..159>.tar,{store.url}/validation-<000..005>.tar"
+        index(spec, jobs=1, quiet=True, **indexed)
+        store.asked_whole.clear()
+        found = train(tmp_path / "index", "remote", "--cache-dir", tmp_path / "cache")
+
+    assert {*store.asked_whole} <= {shard.name for shard in shards.glob("*.tar")}
+    assert len(store.asked_whole) > 40 and {*store.asked_whole.values()} == {1}
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["cache-0"]
+    assert_same(found, train(shards / "train.json", "local"))

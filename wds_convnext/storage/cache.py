@@ -21,7 +21,7 @@ from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.files import free_bytes, replacing, unwritable, write_atomically
 from wds_convnext.progress import warn
 from wds_convnext.storage.claim import claim
-from wds_convnext.storage.layout import COUNTS, MARGIN, ORIGIN, Object, occupied, origin_of
+from wds_convnext.storage.layout import COUNTS, MARGIN, ORIGIN, READS, Object, occupied, origin_of
 from wds_convnext.storage.programs import Supervisor, ask
 from wds_convnext.storage.schedule import Plan
 from wds_convnext.urls import join
@@ -295,6 +295,15 @@ class Cache:
         with contextlib.suppress(OSError, struct.error):
             return COUNTS.unpack((self.path / "counts").read_bytes())
         return (0,) * 5
+
+    def reads(self) -> tuple[int, int, float]:
+        """Reads that found their bytes here, reads that waited for them, and their seconds.
+
+        Of all processes of this node; the last few of each that waited for nothing are not in it.
+        """
+        with contextlib.suppress(OSError, struct.error):
+            return READS.unpack((self.path / "reads").read_bytes())
+        return 0, 0, 0.0
 
     def close(self) -> None:
         """End the fetcher, and leave the folder to others; what is in it may serve them."""

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from wds_convnext.errors import UsageError
-from wds_convnext.storage.layout import COUNTS
+from wds_convnext.storage.layout import COUNTS, READS
 
 _MAX_CACHES = 64  # in one folder at a time
 
@@ -60,3 +60,4 @@ def _clear(path: Path) -> None:
         for rest in path.glob(pattern):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
     (path / "counts").write_bytes(COUNTS.pack(0, 0, 0, 0, 0))
+    (path / "reads").write_bytes(READS.pack(0, 0, 0.0))

@@ -8,6 +8,7 @@
     wanted/TOKEN      a reader waits for this object
     failed            why the fetcher gave up, one line
     counts            what it did
+    reads             how many reads found their bytes at once, how many waited, and how long
     folders.json      which local folder stands for which URL, for other ranks of the node
     FOLDER/           a remote folder: .origin says which; manifests and indexes (or links to local
                       ones), and those of its shards that are here now. They are published by
@@ -35,9 +36,11 @@ from wds_convnext.urls import join
 ORIGIN = ".origin"
 GAVE_UP = 3  # the fetcher's exit code: `failed` says why; starting it again would not help
 COUNTS = struct.Struct("<5q")  # bytes, requests, retries, objects published, objects evicted
+READS = struct.Struct("<qqd")  # reads that found their bytes, reads that waited, their seconds
 MARGIN = 1 << 16  # bytes kept for small files that come and go
 _POLL_S = 0.01
 _BLOCK = 4096
+_NOTE_EVERY = 64  # reads of a process, since noting one takes a lock
 
 
 class Object(NamedTuple):
@@ -103,6 +106,29 @@ def checking_while_waiting(check: Callable[[], None]) -> Iterator[None]:
         _Waiting.check = staticmethod(before)
 
 
+class _Found:
+    """Reads of this process that found their bytes at once and are not noted yet."""
+
+    number = 0
+
+
+def _note_read(cache: str, seconds: float) -> None:
+    """Count a read, which has waited for so many seconds."""
+    _Found.number += not seconds
+    if not seconds and _Found.number < _NOTE_EVERY:
+        return
+    with contextlib.suppress(OSError, struct.error):  # a figure is not worth a run
+        file = os.open(os.path.join(cache, "reads"), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # readers are many
+            found, waited, waited_s = READS.unpack(os.pread(file, READS.size, 0))
+            found, waited = found + _Found.number, waited + bool(seconds)
+            os.pwrite(file, READS.pack(found, waited, waited_s + seconds), 0)
+            _Found.number = 0
+        finally:
+            os.close(file)
+
+
 def open_locked(path: str) -> int:
     """A descriptor of a remote object's file, which is waited for; while it is open it stays here.
 
@@ -142,12 +168,15 @@ def _await(paths: list[str], path: str) -> int:
     cache = os.path.dirname(os.path.dirname(path))
     wanted = os.path.join(cache, "wanted", token_of(path))
     parent = parent_process()
+    started = 0.0  # when it began to wait
     while True:
         for found in paths:
             with contextlib.suppress(FileNotFoundError):
                 file = os.open(found, os.O_RDONLY | os.O_CLOEXEC)
                 fcntl.flock(file, fcntl.LOCK_SH)
+                _note_read(cache, time.monotonic() - started if started else 0.0)
                 return file
+        started = started or time.monotonic()
         with contextlib.suppress(OSError), open(os.path.join(cache, "failed")) as file_:
             raise ShardError(file_.read())
         try:

@@ -111,7 +111,8 @@ class RunLog:
     ) -> None:
         """Log one interval's means and the machine's readings, under TensorBoard's names.
 
-        The line that is printed fits 80 columns; what is worth money comes first.
+        The line that is printed fits 80 columns, but for remote shards; what is worth money comes
+        first.
 
         Args:
             seconds_left: until the run's last step.
@@ -127,6 +128,9 @@ class RunLog:
         ]
         if "train/mfu" in readings:
             parts.insert(2, f"MFU {readings['train/mfu']:.0%}")
+        if "remote/hits" in readings:
+            gb, hits = readings["remote/fetched_gb"], readings["remote/hits"]
+            parts.append(f"fetched {gb:.3g} GB, hits {hits:.1%}")
         if self._progress is not None and self._progress.has_bar:
             self._progress.show(self._progress.done, note=", ".join(parts))
         else:

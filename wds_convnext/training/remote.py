@@ -255,13 +255,21 @@ def _follow(
 
 
 def fetched() -> dict[str, float]:
-    """What the cache of this process has fetched by now, for the log; empty for local shards."""
+    """What this node's cache has fetched and served by now, for the log; empty for local shards.
+
+    `hits` is the share of reads that found their bytes, `wait_s` the sum over all readers.
+    """
     cache = current_cache()
     if not cache.is_used:
         return {}
     num_bytes, _, num_retries, num_published, num_evicted = cache.counts()
+    num_found, num_waits, seconds = cache.reads()
+    num_reads = num_found + num_waits
     return {
         "remote/fetched_gb": num_bytes / 1e9,
+        "remote/hits": num_found / num_reads if num_reads else 1.0,
+        "remote/waits": num_waits,
+        "remote/wait_s": seconds,
         "remote/shards": num_published,
         "remote/evicted": num_evicted,
         "remote/retries": num_retries,
