@@ -32,8 +32,11 @@ from stores import serving  # noqa: E402 (the tests' store)
 OPTIONS = RUN | {"--shuffle-buffer": 1, "--epochs": 4, "--remote-timeout": 8, "--ema-decay": 0}
 
 
-def train_command(shards: str, out: Path, *more: object, workers: int) -> list[str]:
+def train_command(
+    shards: str, out: Path, *more: object, workers: int, steps: int | None = None
+) -> list[str]:
     options = [part for pair in (OPTIONS | {"--workers": workers}).items() for part in pair]
+    options += ["--max-steps", steps] if steps else []
     places = ["--shards", shards, "--out", out, "--resume", *more]
     return [sys.executable, "-m", "wds_convnext", "train", *map(str, [*places, *options])]
 
@@ -102,6 +105,7 @@ def torment(process: subprocess.Popen, *, longest: float, rng: random.Random) ->
 @click.option("--cache-share", default=0.75, show_default=True, help="Of the shards' bytes.")
 @click.option("--failing", default=0.3, show_default=True, help="Probability that a GET fails.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--steps", type=int, help="Of the run. Default: 4 epochs.")
 def main(
     parquet: str,
     kills: int,
@@ -110,6 +114,7 @@ def main(
     cache_share: float,
     failing: float,
     seed: int,
+    steps: int | None,
 ) -> None:
     """Torture a run on the shards of a small PARQUET folder, behind a failing store."""
     rng, counts, started = random.Random(seed), Counter(), time.monotonic()
@@ -120,7 +125,7 @@ def main(
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         straight, out = scratch / "straight", scratch / "run"
-        command = train_command(str(data / "train.json"), straight, workers=2)
+        command = train_command(str(data / "train.json"), straight, workers=2, steps=steps)
         subprocess.run(command, check=True, env=environment, **quiet)
         size = int(cache_share * sum(occupied(str(path)) for path in data.glob("*.tar")))
         watch = Watch(cache)
@@ -129,7 +134,9 @@ def main(
             limits = ["--cache-dir", cache, "--cache-size", size]
             url = f"{store.url}/train.json"
             for kill in range(kills):
-                command = train_command(url, out, *limits, workers=rng.choice([0, 1, 3]))
+                command = train_command(
+                    url, out, *limits, workers=rng.choice([0, 1, 3]), steps=steps
+                )
                 process = subprocess.Popen(
                     command, start_new_session=True, env=environment, **quiet
                 )
@@ -139,7 +146,7 @@ def main(
                 click.echo(f"{kill + 1}/{kills} {hits}: exit code {code}, step {steps_done(out)}")
                 if code == 0:
                     break
-            command = train_command(url, out, *limits, workers=2)
+            command = train_command(url, out, *limits, workers=2, steps=steps)
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
         wrong = [
             path.name
