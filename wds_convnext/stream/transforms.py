@@ -13,6 +13,10 @@ EvalTransform 1.67, torchvision 1.69, Pillow 2.73. Tried and lost, for training:
 - No antialias 1.30: other pixels.
 - The resize by cykooz-resizer (fast_image_resize): 0.20 where torch's takes 0.17, 1 of 255 off. By
   torch's into the batch itself (`out=`): 0.18, and the copy saved is 0.02.
+- The axis of the batch by numpy, before the resize: thumbnails of 32 px 1.06 times faster, photos
+  1.07 times slower, as torch's kernel no longer sees that the bytes of a pixel stand together.
+- torch's kernel without `interpolate` around it: 4 us of a thumbnail's 145, for a private name. The
+  box without lists of attempts, and `try` in place of `suppress`: 1.00 (n = 21).
 - Color jitter in uint8 between the three steps, as torchvision does: 0.17 more; by lookup
   tables: slower.
 """
