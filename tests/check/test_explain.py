@@ -57,7 +57,7 @@ def trained(tmp_path_factory):
         wc.train(
             shards=str(shards),
             model="tiny_convnext",
-            image_size=32,
+            image_size_schedule="0:32,0.25:48",
             batch_size=BATCH,
             accumulate=ACCUMULATE,
             epochs=EPOCHS,
@@ -96,8 +96,9 @@ def test_a_step_is_explained_as_it_was_trained(trained):
 
 
 def test_the_sheet_shows_what_the_model_saw(trained, tmp_path):
-    """Normalized, mixed and denormalized; each pixel of 32x32 is a square of 3x3."""
+    """Normalized, mixed and denormalized; a pixel is a square of 3x3 or, of 48x48, 2x2."""
     folder, steps = trained
+    assert {mixed[0].shape[-1] for _, _, mixed in steps} == {32, 48}
     for step, (_, _, mixed) in enumerate(steps):
         wc.explain(str(folder), step=step, sheet=str(tmp_path / "sheet.png"))
 
@@ -107,7 +108,8 @@ def test_the_sheet_shows_what_the_model_saw(trained, tmp_path):
         for micro, images in enumerate(mixed):
             for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
                 left, top = i * 98, micro * height + 16
-                seen = sheet[top : top + 96 : 3, left : left + 96 : 3]
+                side = 96 // len(image)
+                seen = sheet[top : top + 96 : side, left : left + 96 : side]
                 expected = ((image * std + mean) * 255).clip(0, 255)  # noise goes beyond
                 assert np.abs(seen - expected).max() <= 0.51
 
@@ -122,7 +124,7 @@ def test_a_layout_divides_the_step_as_ranks_do(trained, ranks, accumulate):
         facts=replace(run.facts, batch_size=batch_size),
         config=replace(run.config, accumulate=accumulate, mixup=0, cutmix=0),
     )
-    transform = wc.Preprocessing(32).train_transform(color_jitter=0.4)
+    transform = wc.Preprocessing(48).train_transform(color_jitter=0.4)
 
     explained = list(load_step(run, 4))
 
@@ -159,12 +161,12 @@ def explained_with(folder, **options):
 
 
 def test_a_padded_crop_is_explained_where_it_is_cut_out(trained):
-    """Of images of 24x20, whose short side is resized to 32: place and size of what is cut."""
+    """Of images of 24x20, whose short side is resized to 48: place and size of what is cut."""
     batch = explained_with(trained[0], crop_padding=4, padding_mode="reflect")
 
-    assert {sample.image_size for sample in batch.samples} == {(32, 38)}
+    assert {sample.image_size for sample in batch.samples} == {(48, 57)}
     places = {(sample.crop.top, sample.crop.left) for sample in batch.samples}
-    assert len(places) > 1 and all(-4 <= x <= 4 + 6 for place in places for x in place)
+    assert len(places) > 1 and all(-4 <= x <= 4 + 9 for place in places for x in place)
 
 
 @pytest.mark.parametrize(("policy", "number"), [("rand-m9-n2", 2), ("3a", 1), ("trivial", 1)])

@@ -72,6 +72,8 @@ EXTRAS = {
     "--random-erasing": 0.5,
     "--repeated-augmentation": 2,
     "--mixing-off-epochs": 3,
+    "--image-size": 48,
+    "--image-size-schedule": "0:32,0.3:40,0.6:48",
 }
 
 

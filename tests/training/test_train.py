@@ -566,11 +566,13 @@ def test_a_learning_rate_of_ones_own_is_not_warned_about(shards, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_two_epochs_with_evaluation_compile_two_graphs(shards, tmp_path, capsys, monkeypatch):
-    """One for training and one for evaluation, though batches straddle epochs, the last of an
+def test_each_image_size_is_compiled_once_before_the_first_step(
+    shards, tmp_path, capsys, monkeypatch
+):
+    """Two for training and one for evaluation, though batches straddle epochs, the last of an
     evaluation is padded, mixing changes from step to step, and an average is swapped in; none is
     cut, also under autocast, where blocks hand on half precision."""
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compile = torch.compile
     monkeypatch.setattr(
         torch,
@@ -586,11 +588,12 @@ def test_two_epochs_with_evaluation_compile_two_graphs(shards, tmp_path, capsys,
 
     monkeypatch.setattr(train_module, "train_step", recorded)
     lasting = {"epochs": 2, "val_every": 1, "ema_decay": 0.9}
-    train(run_config(shards, tmp_path, compile=True, amp="bf16", **lasting))
+    sizes = {"image_size": 48, "image_size_schedule": "0:32,0.5:48"}
+    train(run_config(shards, tmp_path, compile=True, amp="bf16", **sizes, **lasting))
 
     assert "compiler cut" not in capsys.readouterr().out
-    assert graphs[0] == 1
-    assert counter.frame_count == 2
+    assert graphs[0] == 3
+    assert counter.frame_count == 3
     saved = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
     assert saved.keys() == timm.create_model("test_convnext").state_dict().keys()
 
@@ -751,9 +754,9 @@ def test_flops_that_cannot_be_counted_are_unknown():
 
     assert training_flops(Looks(), 8) is None
     gauges = Gauges(
-        None, peak=1e12, num_devices=1, optimizer_timer=DeviceTimer(torch.device("cpu"))
+        {8: None}, peak=1e12, num_devices=1, optimizer_timer=DeviceTimer(torch.device("cpu"))
     )
-    assert set(gauges.read(100.0)) == {"train/memory_gb"}
+    assert set(gauges.read(100.0, {8: 1})) == {"train/memory_gb"}
 
 
 @pytest.mark.parametrize(
@@ -773,14 +776,16 @@ def test_the_peak_is_that_of_the_device_or_not_known(name, tflops):
 
 
 def test_readings_are_per_device_and_only_what_is_known():
-    """1,000 images/s of 1 GFLOP on two devices of 1 TFLOP/s are half of each one's peak."""
-    timer = DeviceTimer(torch.device("cpu"))
-    unknown = Gauges(10**9, peak=None, num_devices=2, optimizer_timer=timer).read(1000.0)
+    """1,000 images/s of 1 GFLOP on two devices of 1 TFLOP/s are half of each one's peak; that
+    GFLOP is the mean over steps of two image sizes."""
+    timer, flops = DeviceTimer(torch.device("cpu")), {16: 4 * 10**8, 32: 16 * 10**8}
+    gauges = Gauges(flops, peak=None, num_devices=2, optimizer_timer=timer)
+    unknown = gauges.read(1000.0, {16: 5, 32: 5})
     started = time.perf_counter()
     with timer.span():
         time.sleep(0.01)
     elapsed_ms = 1e3 * (time.perf_counter() - started)
-    known = Gauges(10**9, peak=1e12, num_devices=2, optimizer_timer=timer).read(1000.0)
+    known = replace(gauges, peak=1e12).read(1000.0, {16: 5, 32: 5})
 
     assert unknown.keys() == {"train/tflops_per_s", "train/memory_gb"}
     assert known["train/tflops_per_s"] == 0.5 and known["train/mfu"] == 0.5

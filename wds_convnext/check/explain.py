@@ -9,6 +9,7 @@ nothing grows in memory (32 MB in all). Walking would take 1.4 us a position, 9 
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +84,7 @@ def _explain_step(run: RecordedRun, step: int, *, sheet_path: str | None) -> Ste
         sheet = BatchSheet(
             num_batches=run.num_ranks * run.config.accumulate,
             batch_size=run.facts.batch_size,
-            image_size=run.facts.preprocessing.image_size,
+            image_size=run.image_sizes.at(step),
         )
     batches = []
     for batch, images in load_step(run, step):
@@ -106,7 +107,8 @@ def load_step(run: RecordedRun, step: int) -> Iterator[tuple[DrawnBatch, torch.T
     """
     accumulate = run.config.accumulate
     mixer = build_mixer(run.config, run.dataset.num_classes, run.order)
-    transform = build_transform(run.config, run.facts.preprocessing)
+    size = run.image_sizes.at(step)
+    transform = build_transform(run.config, replace(run.facts.preprocessing, image_size=size))
     draw = partial(_draw_one, run.dataset, transform)
     for rank in range(run.num_ranks):
         stream = ShardStream(
@@ -119,7 +121,7 @@ def load_step(run: RecordedRun, step: int) -> Iterator[tuple[DrawnBatch, torch.T
         )
         for micro in range(accumulate):
             key = (run.config.seed, step, micro, rank)
-            mix = mixer.draw(run.facts.preprocessing.image_size, *key)
+            mix = mixer.draw(size, *key)
             samples, images = _load_batch(stream, step * accumulate + micro, mix, draw)
             yield DrawnBatch(rank, micro, mix, samples), images
 

@@ -19,7 +19,7 @@ from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.augment import build_transform, pixels_of
 from wds_convnext.training.distributed import Machine, join_world
-from wds_convnext.training.model import check_image_size, model_for
+from wds_convnext.training.model import check_image_sizes, model_for
 from wds_convnext.training.optimizer import NUM_MOMENTS
 from wds_convnext.training.runs import RUNS
 from wds_convnext.training.state import build_state
@@ -102,7 +102,7 @@ def checkpoint_bytes(config: DoctorConfig, *, num_classes: int) -> int:
     """
     with torch.device("meta"):  # shapes without memory
         model = model_for(config, num_classes=num_classes)
-        check_image_size(model, pixels_of(config).image_size)
+        check_image_sizes(model, config)
     copies = 1 + NUM_MOMENTS[config.optimizer] + (config.ema_decay > 0)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return copies * parameters + sum(b.numel() * b.element_size() for b in model.buffers())

@@ -41,6 +41,7 @@ class Channels(click.ParamType):
     """Three numbers, of red, green and blue in [0, 1]: 0.485,0.456,0.406."""
 
     name = "r,g,b"
+    expected = "three numbers, e.g. 0.5,0.5,0.5"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
@@ -56,6 +57,7 @@ class AutoAugment(click.ParamType):
     """An augmentation policy: none, trivial, 3a, or RandAugment as timm writes it."""
 
     name = "policy"
+    expected = "none, trivial, 3a or rand-m9-n2 (magnitude 0 to 30, 1 to 9 operations)"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in ("none", "trivial", "3a") and not RAND_AUGMENT.fullmatch(value):
@@ -67,6 +69,7 @@ class KeyValue(click.ParamType):
     """An argument for a function by its name: KEY=VALUE, the value a Python literal or text."""
 
     name = "key=value"
+    expected = "KEY=VALUE, e.g. drop_rate=0.2; in TOML and Python a list of these"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         key, separator, _ = value.partition("=")
@@ -79,6 +82,7 @@ class ByteSize(click.ParamType):
     """A number of bytes as people write it: 500MB, 1.5GB, 4096; decimal units."""
 
     name = "size"
+    expected = "a size, e.g. 500MB"
 
     def convert(
         self, value: int | str, param: click.Parameter | None, ctx: click.Context | None
@@ -100,6 +104,7 @@ class PartOf(click.ParamType):
     """One of some equal parts, as 3/16; the first is 1."""
 
     name = "k/n"
+    expected = "one of several parts, from 1/16 to 16/16"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value, re.ASCII)
@@ -244,16 +249,8 @@ def refusal(spec: Field, value: Any, where: str) -> str:
 def expectation(spec: Field) -> str:
     """What a field takes, as a phrase: "a number > 0", "auto, bf16, fp16 or off"."""
     kind = value_type(spec)
-    if isinstance(kind, ByteSize):
-        return "a size, e.g. 500MB"
-    if isinstance(kind, PartOf):
-        return "one of several parts, from 1/16 to 16/16"
-    if isinstance(kind, Channels):
-        return "three numbers, e.g. 0.5,0.5,0.5"
-    if isinstance(kind, AutoAugment):
-        return "none, trivial, 3a or rand-m9-n2 (magnitude 0 to 30, 1 to 9 operations)"
-    if isinstance(kind, KeyValue):
-        return "KEY=VALUE, e.g. drop_rate=0.2; in TOML and Python a list of these"
+    if expected := getattr(kind, "expected", None):  # our own types say it themselves
+        return str(expected)
     if spec.metadata["is_output"]:
         return "a local path, since nothing is written to remote stores. Copy it there afterwards"
     if isinstance(kind, click.Choice):

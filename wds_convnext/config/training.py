@@ -11,6 +11,7 @@ from wds_convnext.config.groups.model import ModelOptions
 from wds_convnext.config.groups.optimization import OptimizationOptions
 from wds_convnext.config.groups.running import MachineOptions, RunOptions
 from wds_convnext.config.remote import RemoteConfig
+from wds_convnext.config.sizes import size_shares
 from wds_convnext.errors import UsageError
 
 WARMUP_EPOCHS = 5.0  # the article's; of a run that is short, a tenth of it
@@ -54,6 +55,8 @@ class TrainConfig(
                 f"--init-from {self.init_from}: --pretrained {self.pretrained} is given as well. "
                 "Give the file to one of them; --pretrained takes the pixels over, too."
             )
+        if self.image_size_schedule is not None:
+            self._take_size_of_schedule(size_shares(self.image_size_schedule)[-1][1])
         if self.pretrained is None:  # else `with_pretrained` fills in what is not given
             object.__setattr__(self, "model", self.model or DEFAULT_MODEL)
             object.__setattr__(self, "image_size", self.image_size or _IMAGE_SIZE)
@@ -91,10 +94,10 @@ class TrainConfig(
                 "other: a crop has a random size, or that of --image-size. Leave one out; a "
                 f"recipe's is undone by --min-crop {MIN_CROP}."
             )
-        if self.image_size and (self.crop_padding or 0) >= self.image_size:
+        if self.image_size and (self.crop_padding or 0) >= self.size_shares[0][1]:
             raise UsageError(
-                f"--crop-padding {self.crop_padding}: expected less than --image-size "
-                f"{self.image_size}. An eighth of it is usual."
+                f"--crop-padding {self.crop_padding}: expected less than --image-size, here "
+                f"{self.size_shares[0][1]}. An eighth of it is usual."
             )
 
     def _check_targets(self) -> None:
@@ -121,6 +124,22 @@ class TrainConfig(
                 "out to classes or to sets. Give one."
             )
         object.__setattr__(self, "shards", shards)
+
+    def _take_size_of_schedule(self, size: int) -> None:
+        if self.image_size not in (None, size):
+            raise UsageError(
+                f"--image-size-schedule {self.image_size_schedule}: ends with {size}, and "
+                f"--image-size is {self.image_size}. Give --image-size {size}, or another end."
+            )
+        object.__setattr__(self, "image_size", size)
+
+    @property
+    def size_shares(self) -> list[tuple[float, int]]:
+        """The image sizes of the run, each with the share of its steps from which it is used."""
+        if self.image_size_schedule is not None:
+            return size_shares(self.image_size_schedule)
+        assert self.image_size is not None  # `with_pretrained` filled it in
+        return [(0.0, self.image_size)]
 
     @property
     def mixture_parts(self) -> dict[str, float]:

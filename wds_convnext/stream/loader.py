@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from wds_convnext.stream.sizes import in_memory_of
 from wds_convnext.stream.stream import BadSample, Batch, Stream, load_batches
 from wds_convnext.stream.workers import Slots, items_of_workers, num_workers
 
@@ -45,7 +46,7 @@ def make_loader(
     own = torch.Tensor.pin_memory if pin_memory else _Copies().copy
     with closing(items_of_workers(share, workers, while_waiting=while_waiting)) as items:
         for item in items:
-            images = share.slots.images(item.worker, item.slot)
+            images = in_memory_of(share.slots.images(item.worker, item.slot), item.shape)
             rest = {name: torch.from_numpy(array) for name, array in item.arrays.items()}
             batch = Batch(images, bad_samples=item.bad_samples, **rest)
             yield _keep(batch, own=own)
@@ -88,6 +89,7 @@ class _Handover(NamedTuple):
 
     worker: int
     slot: int
+    shape: tuple[int, ...]  # of the images, which may be less than the slot
     arrays: dict[str, np.ndarray]  # the batch's other tensors, by name
     bad_samples: list[BadSample]
 
@@ -114,4 +116,5 @@ class _Share:
 
         for batch in load_batches(self.stream, turns, next_images):
             arrays = {k: v.numpy() for k, v in batch.tensors.items() if k != "images"}
-            yield _Handover(worker, slot, arrays, batch.bad_samples)
+            shape = tuple(batch.images.shape)
+            yield _Handover(worker, slot, shape, arrays, batch.bad_samples)

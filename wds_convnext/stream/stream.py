@@ -9,6 +9,7 @@ place in the sequence, so nothing waits when a validation starts or ends.
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.custom import CustomTransform, Transform
 from wds_convnext.stream.order import EvalOrder, TrainOrder
+from wds_convnext.stream.sizes import ImageSizes, in_memory_of
 from wds_convnext.stream.transforms import TrainTransform
 
 _MAX_REPLACEMENTS = 64
@@ -33,7 +35,8 @@ BadSample = dict[str, str | int]  # shard, key, offset, epoch and reason
 class Batch(NamedTuple):
     """One batch of one rank."""
 
-    images: torch.Tensor  # uint8 (B, 3, S, S), channels_last; a custom transform's own shape
+    # uint8 (B, 3, S, S), channels_last, S that of the step; a custom transform's own shape
+    images: torch.Tensor
     labels: torch.Tensor  # int64 (B,)
     is_real: torch.Tensor  # bool (B,); False for the padding of a last evaluation batch
     bad_samples: list[BadSample]  # those that were replaced, or left out
@@ -74,6 +77,18 @@ class Stream(Protocol):
     def new_images(self) -> torch.Tensor: ...
 
 
+class _Transforms(NamedTuple):
+    """What makes a batch's images."""
+
+    unknown: Any  # of any bytes
+    known: Any  # of those that are known to decode
+
+    @property
+    def decodes_groups(self) -> bool:
+        decoder = getattr(self.known, "decoder", None)
+        return decoder == "nvimgcodec" and hasattr(self.known, "crops")
+
+
 class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
     """Batches of one rank, in the order's order; endless for training, finite for evaluation.
 
@@ -84,6 +99,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
             gives an image (C, H, W); see `custom.CustomTransform`.
         batch_size: samples per batch and rank.
         start: number of the first batch to make (to resume).
+        sizes: of the images of each step, for a `TrainTransform` of the largest.
         decode: False gives samples as webdataset's dicts (`__key__`, `__url__`, one entry per
             member, bytes) instead of batches: a first stage for `webdataset.DataPipeline`.
     """
@@ -99,16 +115,23 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         world_size: int = 1,
         start: int = 0,
         decode: bool = True,
+        sizes: ImageSizes | None = None,
     ):
         super().__init__()
         if decode and transform is None:
             raise UsageError("ShardStream: a transform is missing. Give one, or decode=False.")
+        if sizes is not None and (
+            not isinstance(transform, TrainTransform) or sizes.sizes[-1] != transform.image_size
+        ):
+            raise UsageError("ShardStream: sizes need a TrainTransform of the last of them.")
         self.dataset = dataset
         self.order = order
         self._transform = transform
         self.place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
         self.start = start
         self.decode = decode
+        self.sizes = sizes
+        self._made: dict[int | None, _Transforms] = {}  # by image size
         self.stop: int | None = None
         if isinstance(order, EvalOrder):
             self.stop = order.num_micro_batches(batch_size=batch_size, world_size=world_size)
@@ -122,7 +145,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         return ((self, number) for number in numbers)
 
     def new_images(self) -> torch.Tensor:
-        """Memory for the images of one batch, channels_last."""
+        """Memory for the images of any batch, channels_last."""
         channels, height, width = self._image.shape
         shape = (self.place["batch_size"], height, width, channels)
         return torch.empty(shape, dtype=self._image.dtype).permute(0, 3, 1, 2)
@@ -145,7 +168,8 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         with closing(self.open_reader()) as reader:
             for number in range(min(len(self.dataset), _MAX_REPLACEMENTS)):
                 with suppress(DataError):
-                    return self._load_one(reader, number, np.zeros(1))[0]
+                    transforms = self._transforms_of(self.start)
+                    return self._load_one(reader, number, np.zeros(1), transforms)[0]
         raise DataError(f"{self.dataset.shards[0].path}: the transform takes none of its samples.")
 
     def open_reader(self) -> SampleReader:
@@ -157,18 +181,23 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
             reader.will_read(sample)
 
     def load(self, number: int, reader: Reader, images: torch.Tensor) -> Batch:
-        """One batch of this stream, its images written into `images`."""
+        """One batch of this stream, its images written into the memory of `images`."""
         refs = self.order.micro_batch(number, **self.place)
         numbers, labels = refs.number.tolist(), np.zeros(len(refs), dtype=np.int64)
-        draws = uniform(self.order.sample_keys(refs), self.transform.NUM_DRAWS)
+        transforms = self._transforms_of(number)
+        transform = transforms.unknown
+        if isinstance(transform, TrainTransform):
+            size = transform.image_size
+            images = in_memory_of(images, (*images.shape[:2], size, size))
+        draws = uniform(self.order.sample_keys(refs), transform.NUM_DRAWS)
         bad_samples: list[BadSample] = []
         real = refs.is_real.nonzero()[0].tolist()
         for start in range(0, len(real), _GROUP):
             group = real[start : start + _GROUP]
-            loads = self._load_group(reader, [numbers[i] for i in group], draws[group])
+            loads = self._load_group(reader, [numbers[i] for i in group], draws[group], transforms)
             for i, loaded in zip(group, loads):
                 if loaded is None:
-                    load = partial(self._load_one, reader, draws=draws[i])
+                    load = partial(self._load_one, reader, draws=draws[i], transforms=transforms)
                     loaded, reasons = self.first_good(reader, numbers[i], load)
                     bad_samples += [{**reason, "epoch": int(refs.epoch[i])} for reason in reasons]
                 if loaded is None:
@@ -186,43 +215,51 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
         for i in (~refs.is_real).nonzero()[0].tolist():
             images[i] = 0  # the memory was another batch's
         erasures = None
-        if isinstance(self.transform, TrainTransform) and self.transform.random_erasing:
-            erasures = torch.from_numpy(np.stack([self.transform.erasure(row) for row in draws]))
+        if isinstance(transform, TrainTransform) and transform.random_erasing:
+            erasures = torch.from_numpy(np.stack([transform.erasure(row) for row in draws]))
         is_real = torch.from_numpy(refs.is_real)
         return Batch(images, torch.from_numpy(labels), is_real, bad_samples, erasures)
 
-    @cached_property
-    def _for_known(self) -> Any:
-        """What stands for the transform where a sample is known to decode."""
-        for_known = getattr(self.transform, "for_known", None)
-        return for_known() if for_known else self.transform
+    def _transforms_of(self, number: int) -> _Transforms:
+        """What makes the images of a batch, in the size that its step asks for."""
+        size = None
+        if self.sizes is not None:
+            assert isinstance(self.order, TrainOrder)
+            num_ranked = self.place["batch_size"] * self.place["world_size"]
+            size = self.sizes.at(number * num_ranked // self.order.global_batch_size)
+        if size not in self._made:
+            transform: Any = self.transform
+            if size is not None:
+                transform = replace(transform, image_size=size)
+            for_known = getattr(transform, "for_known", None)
+            self._made[size] = _Transforms(transform, for_known() if for_known else transform)
+        return self._made[size]
 
-    @cached_property
-    def _decodes_groups(self) -> bool:
-        decoder = getattr(self._for_known, "decoder", None)
-        return decoder == "nvimgcodec" and hasattr(self._for_known, "crops")
-
-    def _load_one(self, reader: Reader, sample: int, draws: np.ndarray) -> tuple[torch.Tensor, int]:
+    def _load_one(
+        self, reader: Reader, sample: int, draws: np.ndarray, transforms: _Transforms
+    ) -> tuple[torch.Tensor, int]:
         data, label = reader.read(sample)
-        transform = self._for_known if reader.is_known_to_decode(sample) else self.transform
+        is_known = reader.is_known_to_decode(sample)
+        transform = transforms.known if is_known else transforms.unknown
         return transform(data, draws), label
 
     def _load_group(
-        self, reader: Reader, numbers: list[int], draws: np.ndarray
+        self, reader: Reader, numbers: list[int], draws: np.ndarray, transforms: _Transforms
     ) -> Iterator[tuple[torch.Tensor, int] | None]:
         """What `_load_one` gives for each of a few samples, their crops decoded together.
 
         None for those that it has to load itself, as they may be refused.
         """
         samples: dict[int, tuple[bytes, int]] = {}
-        for place, number in enumerate(numbers):
-            if reader.is_known_to_decode(number) and self._decodes_groups:
-                with suppress(DataError):
-                    samples[place] = reader.read(number)
+        if transforms.decodes_groups:
+            for place, number in enumerate(numbers):
+                if reader.is_known_to_decode(number):
+                    with suppress(DataError):
+                        samples[place] = reader.read(number)
         if not samples:
             yield from itertools.repeat(None, len(numbers))
             return
-        transform = self._for_known
+        transform = transforms.known
         images = [data for data, _ in samples.values()]
         crops = dict(zip(samples, transform.crops(images, draws[list(samples)])))
         for place in range(len(numbers)):
@@ -276,7 +313,8 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
 class ValidatedStream(IterableDataset[Batch]):
     """A training stream with a whole validation stream after each step that `is_due` names.
 
-    Both have the same batch size and image size. With `validates_first` it begins with one.
+    Both have the same batch size; images of validation have the training's final size. With
+    `validates_first` it begins with one.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wds_convnext.errors import DataError, ShardError, TrainingError, printable, sentence
+from wds_convnext.progress import track
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.batchsheet import BatchSheet, captions
 from wds_convnext.training.compiler import graph_breaks
@@ -18,7 +19,7 @@ from wds_convnext.training.monitor import tracing
 from wds_convnext.training.remote import fetched
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.state import Interval
-from wds_convnext.training.step import augment_on_device, eager_loss, train_step
+from wds_convnext.training.step import augment_on_device, eager_loss, rehearse, train_step
 from wds_convnext.training.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     state, recipe = run.state, run.recipe
     if state.step == 0 and not log.quiet:
         _show_batch(run, batches[0], log=log)
+    to_come = range(state.step, run.schedule.last_step)
+    if len(sizes := run.image_sizes.num_steps(to_come)) > 1:
+        shown = track(sizes, "Image sizes", unit="sizes", quiet=log.quiet)
+        rehearse(state, batches[0], sizes=shown, recipe=recipe)
     if recipe.compiled:
         _first_compiled_step(run, batches, lr=lr, log=log)
     else:
@@ -188,7 +193,9 @@ def _log_interval(
     run: "Run", interval: Interval, *, lr: float, watch: Stopwatch, log: RunLog
 ) -> None:
     """Log the means of the steps since the last time, and begin the next interval."""
-    state, order = run.state, run.order
+    state, order, sizes = run.state, run.order, run.image_sizes
+    done = range(state.step - interval.num_steps, state.step)
+    to_come = range(state.step, run.schedule.last_step)
     seconds, waited = watch.lap()
     state.epoch_seconds += seconds
     images_per_s = interval.num_steps * order.global_batch_size / max(seconds, 1e-9)
@@ -205,10 +212,10 @@ def _log_interval(
     log.interval(
         state.step,
         values,
-        readings=run.gauges.read(images_per_s) | fetched(),
+        readings=run.gauges.read(images_per_s, sizes.num_steps(done)) | fetched(),
         epoch=epoch,
         num_steps=order.num_steps(epoch + 1),
-        seconds_left=(run.schedule.last_step - state.step) * seconds / interval.num_steps,
+        seconds_left=seconds * sizes.num_pixels(to_come) / sizes.num_pixels(done),
     )
     if interval.last_failed >= state.step - interval.num_steps:
         log.say(

@@ -135,18 +135,30 @@ def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> t
     return output
 
 
-@torch.no_grad()
+def check_image_sizes(model: nn.Module, config: TrainConfig) -> None:
+    """Run a blank image of each size of a training through a model.
+
+    Raises:
+        UsageError: if the model cannot take one of them.
+    """
+    *smaller, (_, last) = config.size_shares
+    check_image_size(model, last)
+    for _, size in smaller:
+        if reason := _failure(model, size):
+            raise UsageError(
+                f"--image-size-schedule {config.image_size_schedule}: the model cannot take images "
+                f"of {size} px ({reason}). Begin with a larger size, or take a model for any "
+                "size: a ConvNet, or a ViT with --model-arg dynamic_img_size=True."
+            )
+
+
 def check_image_size(model: nn.Module, image_size: int) -> None:
     """Run one blank image through a model, so that a size it cannot take is found at once.
 
     Raises:
         UsageError: if the model cannot take images of this size.
     """
-    model.eval()
-    try:
-        model(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    if reason := _failure(model, image_size):
         facts = getattr(model, "pretrained_cfg", {})
         made_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
         side = made_for[0] if made_for else facts.get("input_size", (3, 0, 0))[1]
@@ -155,7 +167,18 @@ def check_image_size(model: nn.Module, image_size: int) -> None:
             advice += f", or make it for another: --model-arg img_size={image_size}"
         raise UsageError(
             f"--image-size {image_size}: the model cannot take it ({reason}). {advice}."
-        ) from None
+        )
+
+
+@torch.no_grad()
+def _failure(model: nn.Module, image_size: int) -> str | None:
+    """Why a model cannot take a blank image of a size; None if it can."""
+    model.eval()
+    try:
+        model(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def small_image_note(model: nn.Module, image_size: int) -> str | None:

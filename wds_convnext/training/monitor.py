@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,19 +99,25 @@ class Gauges:
     """Turns a rate of images into what it means for the machine.
 
     Args:
-        flops_per_image: of training, see `training_flops`; None where they are not known.
+        flops: of training on an image of each size, see `training_flops`; None if not known.
         peak: FLOP/s of one device; None where it is not known.
         num_devices: that share the images.
     """
 
-    flops_per_image: int | None
+    flops: Mapping[int, int | None]
     peak: float | None
     num_devices: int
     optimizer_timer: DeviceTimer
 
-    def read(self, images_per_s: float) -> dict[str, float]:
-        """Per device: TFLOP/s, share of the peak, optimizer time, peak memory; known ones only."""
-        flops = self.flops_per_image and images_per_s * self.flops_per_image / self.num_devices
+    def read(self, images_per_s: float, steps_of: Mapping[int, int]) -> dict[str, float]:
+        """Per device: TFLOP/s, share of the peak, optimizer time, peak memory; known ones only.
+
+        Args:
+            steps_of: how many of the steps with that rate had which image size.
+        """
+        work = [count * (self.flops[size] or 0) for size, count in steps_of.items()]
+        per_image = sum(work) / sum(steps_of.values())
+        flops = images_per_s * per_image / self.num_devices or None
         readings = {
             "train/tflops_per_s": flops and flops / 1e12,
             "train/mfu": flops / self.peak if flops and self.peak else None,
@@ -122,14 +128,14 @@ class Gauges:
 
 
 def build_gauges(
-    model: nn.Module, *, image_size: int, machine: Machine, timer: DeviceTimer
+    model: nn.Module, *, sizes: Iterable[int], machine: Machine, timer: DeviceTimer
 ) -> Gauges:
     """What a run's speed is held against; a peak is known for half precision on some GPUs."""
     peak = None
     if machine.device.type == "cuda" and machine.amp != "off":
         peak = peak_flops(torch.cuda.get_device_name(machine.device))
     return Gauges(
-        training_flops(model, image_size),
+        {size: training_flops(model, size) for size in sizes},
         peak=peak,
         num_devices=machine.world.size,
         optimizer_timer=timer,

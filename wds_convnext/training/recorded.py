@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 from wds_convnext.config import TrainConfig
@@ -13,10 +14,12 @@ from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.expand import stated_spec
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
+from wds_convnext.stream.sizes import ImageSizes
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, step_and_facts
 from wds_convnext.training.rundir import load_newest
 from wds_convnext.training.runs import named_run
 from wds_convnext.training.sampling import build_weighting
+from wds_convnext.training.schedule import image_sizes
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class RecordedRun:
     def num_steps(self) -> int:
         """Of all epochs; --max-steps belongs to one start."""
         return self.order.num_steps(self.config.epochs)
+
+    @cached_property
+    def image_sizes(self) -> ImageSizes:
+        return image_sizes(self.config, self.order)
 
     @property
     def num_ranks(self) -> int:

@@ -22,6 +22,7 @@ from wds_convnext.shards.opening import open_splits
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
+from wds_convnext.stream.sizes import ImageSizes
 from wds_convnext.stream.stream import ShardStream, ValidatedStream
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.stream.workers import num_workers
@@ -40,7 +41,12 @@ from wds_convnext.training.monitor import Gauges, build_gauges
 from wds_convnext.training.pretrained import absolute_source
 from wds_convnext.training.remote import first_on_each_node
 from wds_convnext.training.sampling import build_weighting, describe, with_absolute_weights
-from wds_convnext.training.schedule import lr_schedule, schedule_notes, validation_schedule
+from wds_convnext.training.schedule import (
+    image_sizes,
+    lr_schedule,
+    schedule_notes,
+    validation_schedule,
+)
 from wds_convnext.training.state import TrainState, build_state
 from wds_convnext.training.step import StepRecipe, build_recipe
 
@@ -56,6 +62,7 @@ class Run:
     train_data: Dataset
     order: TrainOrder
     lr: Callable[[int], float]  # of a step
+    image_sizes: ImageSizes  # likewise
     schedule: ValidationSchedule  # and the last step
     validation: Evaluation | None
     state: TrainState
@@ -84,6 +91,7 @@ class Run:
             rank=world.rank,
             world_size=world.size,
             start=self.state.step * config.accumulate,
+            sizes=self.image_sizes,
         )
         if self.validation is None:
             return stream
@@ -114,8 +122,8 @@ class Run:
         else:
             validation = f"{len(self.validation.stream.dataset):,} for validation"
         amp = "float32" if machine.amp == "off" else machine.amp
-        flops = self.gauges.flops_per_image
-        work = "an unknown number of FLOP" if flops is None else f"{flops / 1e9:.3g} GFLOP"
+        counts = [f"{flops / 1e9:.3g}" for flops in self.gauges.flops.values() if flops]
+        work = f"{', '.join(counts)} GFLOP" if counts else "an unknown number of FLOP"
         peak = f"; peak {self.gauges.peak / 1e12:.0f} TFLOP/s" if self.gauges.peak else ""
         return (
             f"{self.facts.model}: {num_parameters / 1e6:.1f} M parameters, "
@@ -172,6 +180,7 @@ def open_run(
         weighting=build_weighting(config, train_data),
         repeats=config.repeated_augmentation,
     )
+    sizes = image_sizes(config, order)
     weights = class_weights(config, train_data)
     facts = _facts(
         config, machine, order=order, train_data=train_data, val_spec=val_spec, weights=weights
@@ -213,13 +222,14 @@ def open_run(
         train_data=train_data,
         order=order,
         lr=lr_schedule(config, order),
+        image_sizes=sizes,
         schedule=validation_schedule(config, order),
         validation=_open_validation(val_data, config, facts, machine) if val_data else None,
         state=state,
         recipe=recipe,
         gauges=build_gauges(
             state.model,
-            image_size=facts.preprocessing.image_size,
+            sizes=sizes.sizes,
             machine=machine,
             timer=recipe.optimizer_timer,
         ),
@@ -256,6 +266,9 @@ def _notes(run: Run, val_data: Dataset | None) -> list[str]:
         notes += filter(None, [warmup_note(decay, run.schedule.last_step)])
     if run.order.weighting:
         notes.append(describe(run.order.weighting))
+    if len(run.image_sizes.sizes) > 1:
+        starts = zip(run.image_sizes.sizes, run.image_sizes.first_steps, strict=True)
+        notes.append("Images: " + ", ".join(f"{x} px from step {step:,}" for x, step in starts))
     return notes + schedule_notes(run.config, run.order)
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from functools import partial
 
 from wds_convnext.config import REFERENCE_LR, WARMUP_EPOCHS, TrainConfig
+from wds_convnext.errors import UsageError
 from wds_convnext.stream.order import TrainOrder, ValidationSchedule
+from wds_convnext.stream.sizes import ImageSizes
 
 
 def lr_schedule(config: TrainConfig, order: TrainOrder) -> Callable[[int], float]:
@@ -32,6 +34,24 @@ def validation_schedule(config: TrainConfig, order: TrainOrder) -> ValidationSch
     if config.max_steps is not None:
         last_step = min(last_step, config.max_steps)
     return ValidationSchedule(order, every=config.val_every, last_step=last_step)
+
+
+def image_sizes(config: TrainConfig, order: TrainOrder) -> ImageSizes:
+    """Which image size each step of a run has.
+
+    Raises:
+        UsageError: if a size of the schedule has no step.
+    """
+    shares, sizes = zip(*config.size_shares)
+    num_steps = order.num_steps(config.epochs)
+    first_steps = tuple(round(share * num_steps) for share in shares)
+    for size, first, end in zip(sizes, first_steps, (*first_steps[1:], num_steps), strict=True):
+        if first == end:
+            raise UsageError(
+                f"--image-size-schedule {config.image_size_schedule}: no step of the run's "
+                f"{num_steps:,} has {size} px. Leave that size out, or train for more --epochs."
+            )
+    return ImageSizes(sizes, first_steps)
 
 
 def lr_warning(config: TrainConfig, global_batch_size: int) -> str | None:

@@ -16,7 +16,7 @@ from wds_convnext.training.ema import WeightAverage
 from wds_convnext.training.finetune import freeze
 from wds_convnext.training.model import (
     check_batch_of_one,
-    check_image_size,
+    check_image_sizes,
     init_from,
     model_for,
     small_image_note,
@@ -235,9 +235,9 @@ def build_state(
     torch.manual_seed(config.seed)
     model = model_for(config, num_classes=num_classes)
     assert config.image_size is not None  # `with_pretrained` filled it in
-    check_image_size(model, config.image_size)
+    check_image_sizes(model, config)
     if config.batch_size == 1:
-        check_batch_of_one(model, config.image_size)
+        check_batch_of_one(model, config.size_shares[0][1])
     notes = list(filter(None, [small_image_note(model, config.image_size)]))
     frozen_norms: tuple[nn.Module, ...] = ()
     if config.init_from and not is_resumed:

@@ -1,7 +1,7 @@
 """One training step: what it needs besides the state that it changes, and the step itself."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -172,6 +172,27 @@ def eager_loss(state: TrainState, batches: list[Batch], recipe: StepRecipe) -> t
     for buffer, before in buffers:
         buffer.copy_(before)
     return sum_over_ranks(torch.stack(losses).mean(), recipe.world) / recipe.world.size
+
+
+def rehearse(state: TrainState, batch: Batch, *, sizes: Iterable[int], recipe: StepRecipe) -> None:
+    """Train on a blank batch of each image size, as `batch` but for that, and change nothing.
+
+    The model is compiled for all of them here, and one that does not fit into memory ends the run
+    here, not in the middle of it. An evaluation of the last size is rehearsed, too.
+    """
+    state.enter_train_mode()
+    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    for size in sizes:
+        shape = (*batch.images.shape[:2], size, size)
+        blank = torch.zeros(shape, dtype=torch.uint8, device=batch.images.device)
+        blank = blank.contiguous(memory_format=torch.channels_last)
+        _loss(recipe.forward, state, batch._replace(images=blank), 0, recipe).backward()
+        state.optimizer.zero_grad(set_to_none=True)
+    state.model.eval()
+    with torch.no_grad(), recipe.autocast():
+        recipe.forward(recipe.normalizer(blank))
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def augment_on_device(

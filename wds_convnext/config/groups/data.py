@@ -15,6 +15,7 @@ from wds_convnext.config.fields import (
     FiniteRange,
     option,
 )
+from wds_convnext.config.sizes import SizeSchedule
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ class PixelOptions(Config):
         "with, else 224.",
         group="Pixels",
         type=IMAGE_SIZE,
+    )
+    image_size_schedule: str | None = option(
+        None,
+        "Train on smaller images first, as 0:128,0.4:160,0.8:224: a size, and the share of the "
+        "run's steps from which it is used. The last one is --image-size, which evaluation has.",
+        group="Pixels",
+        type=SizeSchedule(),
     )
     crop: float | None = option(
         None,
