@@ -1,4 +1,4 @@
-"""Evaluating checkpoints at other sizes, with mirror images, and several in one table."""
+"""Evaluating checkpoints at other sizes, with several views, and several in one table."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,21 @@ def split(shards) -> str:
     return str(shards / "validation.json")
 
 
-def by_hand(split: str, *, image_size: int, crop: float, flip: bool) -> tuple[float, float]:
+def views(image: torch.Tensor, tta: str) -> list[tuple[float, torch.Tensor]]:
+    """The images whose logits count, with their weights."""
+    if tta == "none":
+        return [(1.0, image)]
+    if tta == "flip":
+        return [(0.5, image), (0.5, image.flip(-1))]
+    size = image.shape[-1]
+    up_left = [1, *range(size - 1)]
+    down_right = [*range(1, size), size - 2]
+    moved = [image[..., places, :][..., places] for places in (up_left, down_right)]
+    weighted = [(0.25, image), *((0.125, view) for view in moved)]
+    return [(weight, v) for weight, view in weighted for v in (view, view.flip(-1))]
+
+
+def by_hand(split: str, *, image_size: int, crop: float, tta: str) -> tuple[float, float]:
     """Top-1 and mean loss of the old run's weights, sample by sample."""
     transform = wc.EvalTransform(image_size, crop_ratio=crop)
     normalizer = Normalizer(wc.Preprocessing().mean, wc.Preprocessing().std, torch.device("cpu"))
@@ -37,32 +51,30 @@ def by_hand(split: str, *, image_size: int, crop: float, flip: bool) -> tuple[fl
     for sample in wc.open_dataset(split):
         image = normalizer(transform(sample.image)[None])
         with torch.no_grad():
-            logits = model(image)
-            if flip:
-                logits = torch.stack([logits, model(image.flip(-1))]).mean(0)
+            logits = torch.stack([w * model(view) for w, view in views(image, tta)]).sum(0)
         hits.append(float(logits.argmax() == sample.label))
         losses.append(-logits.log_softmax(1)[0, sample.label].item())
     return sum(hits) / len(hits), sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(
-    ("given", "image_size", "crop"),
+    ("given", "image_size", "crop", "tta"),
     [
-        ({}, 32, 0.875),  # the checkpoint's
-        ({"image_size": 64}, 64, 0.875),
-        ({"crop": 1.0}, 32, 1.0),
-        ({"image_size": 48, "crop": 0.5}, 48, 0.5),
+        ({}, 32, 0.875, "none"),  # the checkpoint's
+        ({}, 32, 0.875, "flip-shift"),
+        ({"image_size": 64}, 64, 0.875, "flip"),
+        ({"crop": 1.0}, 32, 1.0, "none"),
+        ({"image_size": 48, "crop": 0.5}, 48, 0.5, "flip"),
+        ({"image_size": 48, "crop": 0.5}, 48, 0.5, "flip-shift"),
     ],
 )
-def test_size_crop_and_mirror_images_are_as_asked(split, given, image_size, crop, flip):
+def test_size_crop_and_views_are_as_asked(split, given, image_size, crop, tta):
     """Each result is what one finds by hand: the mean of logits, not of probabilities."""
-    tta = "flip" if flip else "none"
     config = EvalConfig(checkpoint=LAST, shards=split, tta=tta, **given, **HOW)
 
     result, about = evaluate_checkpoint(config)
 
-    top1, loss = by_hand(split, image_size=image_size, crop=crop, flip=flip)
+    top1, loss = by_hand(split, image_size=image_size, crop=crop, tta=tta)
     assert (result.top1, result.num_samples) == (top1, 13)
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert [about["image_size"], about["crop"], about["tta"]] == [image_size, crop, tta]
@@ -124,7 +136,7 @@ def test_a_crop_that_makes_images_too_large_is_named(split):
         (["--crop", "0"], "--crop 0: expected a number > 0 and <= 1."),
         (["--crop", "1.5"], "--crop 1.5: expected a number > 0 and <= 1."),
         (["--image-size", "7"], "--image-size 7: expected an integer from 8 to 4096."),
-        (["--tta", "five"], "--tta five: expected none or flip."),
+        (["--tta", "five"], "--tta five: expected none, flip or flip-shift."),
         (["--checkpoint", "a"], "--checkpoint a: b is named as well."),
     ],
 )

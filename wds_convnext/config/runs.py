@@ -48,9 +48,9 @@ class EvalConfig(RemoteConfig):
     tta: str = option(
         "none",
         "Test-time augmentation: flip takes the mean of the logits of each image and its mirror "
-        "image.",
+        "image; flip-shift, for small images, of both in three places, a pixel apart.",
         group="Pixels",
-        type=click.Choice(["none", "flip"]),
+        type=click.Choice(["none", "flip", "flip-shift"]),
     )
     batch_size: int = option(160, "Samples per batch and process.", group="Evaluation", type=COUNT)
     workers: int | None = option(

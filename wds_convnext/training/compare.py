@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from wds_convnext.config import EvalConfig
@@ -22,15 +23,37 @@ from wds_convnext.training.scores import EvalResult, Score
 from wds_convnext.training.stored import StoredModel, open_model
 
 
-class FlipMean(nn.Module):
-    """A model that gives the mean of its logits for images and for their mirror images."""
+class ViewMean(nn.Module):
+    """A model that gives a weighted mean of its logits for views of the images.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        tta: `flip`: the images and their mirror images. `flip-shift`: half of the weight goes to
+            these shifted by a pixel, up and left, and down and right, the edges reflected (the
+            six views and the weights of cifar10-airbench's `infer_mirror_translate`).
+    """
+
+    def __init__(self, model: nn.Module, tta: str):
         super().__init__()
         self.model = model
+        self.shifts = {0: 1.0} if tta == "flip" else {0: 0.5, -1: 0.25, 1: 0.25}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (self.model(images).float() + self.model(images.flip(-1)).float()) / 2
+        total = torch.zeros((), device=images.device)
+        for by, weight in self.shifts.items():
+            view = shifted(images, by)
+            both = self.model(view).float() + self.model(view.flip(-1)).float()
+            total = total + weight / 2 * both
+        return total
+
+
+def shifted(images: torch.Tensor, by: int) -> torch.Tensor:
+    """Images (B, C, H, W) that begin `by` pixels lower and further right, the edges reflected."""
+    if by == 0:
+        return images
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (abs(by),) * 4, mode="reflect")
+    start = abs(by) + by
+    return padded[..., start : start + height, start : start + width]
 
 
 def evaluate_checkpoint(config: EvalConfig) -> tuple[EvalResult, dict[str, Any]]:
@@ -97,7 +120,7 @@ def _evaluate_one(
         flag="--max-bad-samples",
         decoder=config.decoder,
     )
-    forward = FlipMean(model) if config.tta == "flip" else model
+    forward = model if config.tta == "none" else ViewMean(model, config.tta)
     pace = follow_evaluation(dataset, config.batch_size, machine.world)
     with loading(evaluation.stream, config.workers, machine, pace=pace) as batches:
         return Score(evaluation.run(forward, batches), about)

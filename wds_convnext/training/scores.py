@@ -8,6 +8,12 @@ from typing import Any
 from wds_convnext.errors import printable
 from wds_convnext.stream.stream import BadSample
 
+# What --tta takes of the logits.
+VIEWS = {
+    "flip": "mean of the logits of the image and its mirror image",
+    "flip-shift": "mean of the logits of the image in three places and their mirror images",
+}
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -82,11 +88,11 @@ def table(scores: Sequence[Score]) -> list[str]:
             f"{result.top5:8.2%} {result.loss:7.4f} {about['image_size']:4d} {about['crop']:6.3f}  "
             f"{about['checkpoint']}, step {about['step']}"
         )
-    if about["tta"] == "flip":
-        lines.append("Each the mean of the logits of the image and its mirror image.")
+    if about["tta"] != "none":
+        lines.append(f"Each the {VIEWS[about['tta']]}.")
     return [printable(line, limit=2000) for line in lines]
 
 
 def _pixels(about: dict[str, Any]) -> str:
-    flipped = ", mean of the logits of the image and its mirror image"
-    return f"{about['image_size']} px, crop {about['crop']:g}{flipped * (about['tta'] == 'flip')}"
+    views = "" if about["tta"] == "none" else f", {VIEWS[about['tta']]}"
+    return f"{about['image_size']} px, crop {about['crop']:g}{views}"
