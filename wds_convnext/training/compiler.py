@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -35,8 +36,25 @@ def compile_model(model: nn.Module) -> nn.Module:
     return compiled
 
 
-def graph_breaks() -> Counter[str]:
-    """Why the compiler cut what this process compiled into several graphs, and how often."""
+class Compiled(NamedTuple):
+    """What torch.compile has made in this process."""
+
+    num_graphs: int
+    cuts: Counter[str]  # why a graph was cut in two, and how often
+
+    def cut_since(self, before: "Compiled", *, most: int) -> str | None:
+        """Why more than `most` graphs were made since then; None if they were not.
+
+        Cuts alone mean nothing: of several ranks, DistributedDataParallel's code around the model
+        has six.
+        """
+        if self.num_graphs - before.num_graphs <= most:
+            return None
+        return next(iter(self.cuts - before.cuts), "no reason given")
+
+
+def compiled_so_far() -> Compiled:
+    """What is compiled by now."""
     from torch._dynamo.utils import counters  # 2 s; who compiles nothing does not pay for it
 
-    return counters["graph_break"].copy()
+    return Compiled(counters["stats"]["unique_graphs"], counters["graph_break"].copy())

@@ -12,7 +12,7 @@ from wds_convnext.errors import DataError, ShardError, TrainingError, printable,
 from wds_convnext.progress import track
 from wds_convnext.stream.stream import Batch
 from wds_convnext.training.batchsheet import BatchSheet, captions
-from wds_convnext.training.compiler import graph_breaks
+from wds_convnext.training.compiler import Compiled, compiled_so_far
 from wds_convnext.training.evaluate import Evaluation
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
@@ -124,14 +124,18 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     state, recipe = run.state, run.recipe
     if state.step == 0 and not log.quiet:
         _show_batch(run, batches[0], log=log)
+    before = compiled_so_far() if recipe.compiled else None
     to_come = range(state.step, run.schedule.last_step)
+    num_rehearsed = 0
     if len(sizes := run.image_sizes.num_steps(to_come)) > 1:
         shown = track(sizes, "Image sizes", unit="sizes", quiet=log.quiet)
         rehearse(state, batches[0], sizes=shown, recipe=recipe)
-    if recipe.compiled:
-        _first_compiled_step(run, batches, lr=lr, log=log)
-    else:
+        num_rehearsed = len(sizes) + 1  # an evaluation, too
+    if before is None:
         train_step(state, batches, lr=lr, recipe=recipe)
+    else:
+        _first_compiled_step(run, batches, lr=lr, log=log)
+        _warn_of_cuts(before, most=max(num_rehearsed, 1), log=log)
     # Everything that stays is here now. A full collection takes 150 ms of 400,000 objects (n = 5,
     # one CPU); frozen, none that is visible, so collecting need not be switched off.
     gc.collect()
@@ -142,20 +146,22 @@ def _first_compiled_step(run: "Run", batches: list[Batch], *, lr: float, log: Ru
     """Train one step, and hold the compiler against what it should have done."""
     state, recipe = run.state, run.recipe
     eager = eager_loss(state, batches, recipe)
-    before = graph_breaks()
     loss = train_step(state, batches, lr=lr, recipe=recipe)
-    for reason in list(graph_breaks() - before)[:1]:
-        log.say(
-            "Warning: the compiler cut the model into several graphs, which is slower "
-            f"({printable(' '.join(reason.split()))}). Use another torch version or --model, or "
-            "look at TORCH_LOGS=graph_breaks."
-        )
     compiled, uncompiled = loss.item(), eager.item()
     if not abs(compiled - uncompiled) <= _COMPILED_TOLERANCE * abs(uncompiled):
         log.say(
             f"Warning: the compiled model's first loss is {compiled:.6g}, the uncompiled "
             f"model's {uncompiled:.6g}. Do not trust this run: use --no-compile, or another "
             "torch version."
+        )
+
+
+def _warn_of_cuts(before: Compiled, *, most: int, log: RunLog) -> None:
+    if reason := compiled_so_far().cut_since(before, most=most):
+        log.say(
+            "Warning: the compiler cut the model into several graphs, which is slower "
+            f"({printable(' '.join(reason.split()))}). Use another torch version or --model, or "
+            "look at TORCH_LOGS=graph_breaks."
         )
 
 
