@@ -61,7 +61,8 @@ def _keep(batch: Batch, *, own: Callable[[torch.Tensor], torch.Tensor]) -> Batch
 class _Copies:
     """Copies tensors, into the memory of copies before that nobody holds any more.
 
-    New memory is paid for in page faults: 1.8 ms for 32 images of 224 px, where this takes 0.9.
+    New memory is paid for in page faults: 1.8 ms for 32 images of 224 px, where this takes 0.9, and
+    22.0 ms for 160, where this takes 15.8 (a busy core, medians of 24).
     """
 
     def __init__(self) -> None:
