@@ -93,3 +93,37 @@ def test_what_cannot_be_indexed_is_one_line(bare, tmp_path, spec, out, reason):
 
     assert refused.match(reason.format(**known))
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        (
+            "train-*.tar,{url}/validation-009.tar",
+            "validation-009.tar: the store has no such object",
+        ),
+        ("train-*.tar,{url}/x-*.tar", "no shards named x-"),
+        ("part-*.tar", "part-00000-of-00002.tar of the same series"),
+    ],
+)
+def test_each_name_of_a_store_with_listings_has_to_be_there(bare, tmp_path, names, reason):
+    """A glob next to a name does not hide that it is missing, nor a series that it has gaps."""
+    folder = shutil.copytree(bare, tmp_path / "store")
+    shutil.move(folder / "train-000.tar", folder / "part-00001-of-00002.tar")
+    url = f"local://{folder}"
+
+    with pytest.raises(ShardError, match=reason):
+        index(f"{url}/{names.format(url=url)}", out=str(tmp_path / "out"), jobs=1, quiet=True)
+
+
+def test_a_manifest_in_the_store_serves_after_the_local_one_is_gone(bare, tmp_path):
+    """Uploaded, they are found by the shards' URL; the cache knew them by links to local files."""
+    folder, out = shutil.copytree(bare, tmp_path / "store"), tmp_path / "out"
+    options = {"cache_dir": str(tmp_path / "cache"), "jobs": 1, "quiet": True}
+    with serving(folder) as store:
+        index(f"{store.url}/train-<000..007>.tar", out=str(out), **options)
+        for name in ("train.json", "train.index"):
+            shutil.move(out / name, folder / name)
+        report = verify(f"{store.url}/train.json", **options)
+
+    assert not report.problems

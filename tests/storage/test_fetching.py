@@ -132,7 +132,7 @@ def test_a_second_process_has_a_folder_of_its_own(shards, tmp_path):
 
 def test_a_plan_is_followed_ahead_of_the_reader(shards, tmp_path):
     """What is needed next is there before it is asked for, and what is needed last went."""
-    with serving(shards) as store, caching(options(tmp_path, 250_000)) as cache:
+    with serving(shards) as store, caching(options(tmp_path, 262_000)) as cache:
         dataset = open_dataset(f"{store.url}/train.json")
         paths = [shard.path for shard in dataset.shards]
         uses = Plan.of(np.arange(20), np.arange(20), np.arange(20))

@@ -30,6 +30,7 @@ from wds_convnext.shards.naming import is_held_out
 from wds_convnext.shards.sidecar import sidecar_path
 from wds_convnext.shards.spec import Shard, index_path, total_bytes
 from wds_convnext.storage.cache import caching
+from wds_convnext.storage.layout import where
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def _index(
             write_atomically(index_path(path), content)
             manifest.write_manifest(path)  # last: its presence means that all is there
     if config.out is not None:
-        keep_fetched(manifests)
+        with contextlib.suppress(OSError):  # a full disk, say: it only spares fetching them again
+            keep_fetched(manifests)
     unused = {
         path: sum((shard.unused for shard in shards), Counter())
         for path, shards in zip(manifests, indexed)
@@ -225,10 +227,10 @@ def _index_split(
         raise ShardError(f"{split.manifest_path}: its shards hold no samples. Write them again.")
     repeated = find_duplicate_keys(list(split.paths), [shard.key_hashes for shard in indexed])
     if repeated:
-        key, where = repeated[0]
+        key, holders = repeated[0]
         raise ShardError(
-            f"{where[1]}: the key {key} is also in {where[0]}. Keys must be unique in a split: "
-            "write the shards again with other keys."
+            f"{where(holders[1])}: the key {key} is also in {where(holders[0])}. Keys must be "
+            "unique in a split: write the shards again with other keys."
         )
     return indexed
 

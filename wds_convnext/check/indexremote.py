@@ -1,7 +1,6 @@
 """What `index` is to read: splits on the disk, or shards at URLs that no manifest describes."""
 
 import os
-from fnmatch import fnmatchcase
 
 from wds_convnext.check.splits import ShardSplit, find_shard_splits
 from wds_convnext.engine import shared_path
@@ -9,10 +8,11 @@ from wds_convnext.errors import ShardError, UsageError, listing
 from wds_convnext.files import unwritable
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.expand import expand_braces, split_spec
-from wds_convnext.shards.naming import split_of
+from wds_convnext.shards.naming import missing_siblings, split_of
 from wds_convnext.storage.cache import current_cache
 from wds_convnext.storage.layout import is_cached, where
 from wds_convnext.urls import (
+    check_url,
     is_remote,
     join,
     name_in,
@@ -53,6 +53,8 @@ def find_splits(spec: str, out: str | None, *, is_shared: bool) -> list[ShardSpl
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {unwritable(error.filename or out, error)}") from None
+    if not os.access(out, os.W_OK | os.X_OK):  # before anything is fetched
+        raise UsageError(f"--out {out}: cannot be written. Choose another folder.")
     return _place(spec, out)
 
 
@@ -76,13 +78,19 @@ def _place(spec: str, out: str) -> list[ShardSplit]:
             wanted.setdefault(parent(url), []).append(name_in(url))
     splits: dict[str, list[str]] = {}
     for folder, names in wanted.items():
-        is_listed = any(set("*?[") & set(name) for name in names)
-        placed = current_cache().place(folder, None if is_listed else [*dict.fromkeys(names)])
-        found = [p.path for p in placed if any(fnmatchcase(name_in(p.url), n) for n in names)]
-        if not found:
-            raise ShardError(f"{folder}: no shards named {listing(names, limit=3)} are there.")
-        for path in found:
-            splits.setdefault(os.path.join(out, f"{split_of(path)}.json"), []).append(path)
+        globs = [name for name in names if set("*?[") & set(name)]
+        placed = current_cache().place(folder, [n for n in names if n not in globs], globs)
+        for shard in placed:
+            check_url(shard.url)  # of what a listing gave: a manifest with it could not be read
+        found = [name_in(shard.url) for shard in placed]
+        if globs and (missing := list(missing_siblings(found))):
+            raise ShardError(
+                f"{folder}: {listing(missing, limit=3)} of the same series are not there. Upload "
+                "them, or name those that are there."
+            )
+        for shard in placed:
+            manifest = os.path.join(out, f"{split_of(shard.path)}.json")
+            splits.setdefault(manifest, []).append(shard.path)
     for manifest, paths in splits.items():
         if len({os.path.dirname(path) for path in paths}) > 1:
             raise UsageError(

@@ -24,9 +24,10 @@ from wds_convnext.config import VerifyConfig
 from wds_convnext.conversion.opening import find_openers
 from wds_convnext.conversion.source import SourceSplit
 from wds_convnext.engine import open_engine, shared_path
-from wds_convnext.errors import printable
+from wds_convnext.errors import UsageError, printable
 from wds_convnext.pool import Workers
 from wds_convnext.progress import Progress
+from wds_convnext.shards.expand import reads_remote
 from wds_convnext.shards.scan import MAX_CLASSES
 from wds_convnext.shards.spec import Shard, index_path
 from wds_convnext.storage.cache import caching
@@ -129,6 +130,11 @@ def _verify(
     is_shared = config.engine is not None or executor is not None
     if is_shared:
         refuse_remote(spec, what="an engine's machines have no cache of remote shards")
+        if reads_remote(spec):
+            raise UsageError(
+                f"{spec}: its shards are at URLs, and an engine's machines have no cache of these. "
+                "Verify without --engine, or a local copy."
+            )
     against = config.against and shared_path(config.against, is_shared=is_shared)
     against = "the source" if source is not None else against
     splits = find_shard_splits(shared_path(spec, is_shared=is_shared))

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 
 from wds_convnext.errors import AbsentError, ShardError, WdsConvnextError
 from wds_convnext.storage.programs import end_with
@@ -24,11 +25,11 @@ def ask(request: dict) -> dict:
     Args:
         request: `url`, `timeout_s`; of what is fetched `to` (a path), and `max_bytes` of each file;
             of manifests also `stems`, those that a folder may hold where its store has no listings;
-            of shards `names`, None for all that are there.
+            of shards `names` and `globs`, each of which has to name some.
     """
     store = Store.of(request["timeout_s"], Counts())
     if "names" in request:
-        return {"sizes": _sizes(store, request["url"], request["names"])}
+        return {"sizes": _sizes(store, request["url"], request["names"], request["globs"])}
     if "stems" in request:
         return {"stems": _fetch_manifests(store, request)}
     store.fetch_unchecked(request["url"], request["to"], max_bytes=request["max_bytes"])
@@ -54,21 +55,26 @@ def _fetch_manifests(store: Store, request: dict) -> list[str]:
     return found
 
 
-def _sizes(store: Store, url: str, names: list[str] | None) -> dict[str, int]:
+def _sizes(store: Store, url: str, names: list[str], globs: list[str]) -> dict[str, int]:
     """The bytes of shards, by name."""
-    if names is None:
+    if globs:
         listed = store.names(url)
         if listed is None:
             raise ShardError(
                 f"{url}: web servers have no listings. Name the shards: train-<000..012>.tar."
             )
-        names = sorted(name for name in listed if name.endswith(".tar"))
+        for glob in globs:
+            found = [n for n in listed if n.endswith(".tar") and fnmatchcase(n, glob)]
+            if not found:
+                raise ShardError(f"{url}: no shards named {glob} are there.")
+            names = [*names, *found]
+    names = sorted(set(names))
     with ThreadPoolExecutor(min(_NUM_SIZES, len(names) or 1)) as pool:
         stores = [Store.of(store.timeout_s, Counts()) for _ in names[:_NUM_SIZES]]
         # A client is of one thread.
         parts = [names[start :: len(stores)] for start in range(len(stores))]
-        found = pool.map(lambda s, part: {n: s.size(join(url, n)) for n in part}, stores, parts)
-        sizes = {name: size for part in found for name, size in part.items()}
+        asked = pool.map(lambda s, part: {n: s.size(join(url, n)) for n in part}, stores, parts)
+        sizes = {name: size for part in asked for name, size in part.items()}
     return {name: sizes[name] for name in names}
 
 

@@ -176,20 +176,25 @@ class Cache:
             incoming.rename(folder)
             origin_of.cache_clear()
             return str(folder)
+        present = os.listdir(incoming)
         for path in incoming.iterdir():
             path.replace(folder / path.name)  # links may name other places
+        for path in folder.iterdir():
+            if path.is_symlink() and path.name not in present:  # of a local manifest, once
+                path.unlink()
         incoming.rmdir()
         return str(folder)
 
-    def place(self, url: str, names: list[str] | None) -> list[Object]:
+    def place(self, url: str, names: list[str], globs: list[str]) -> list[Object]:
         """Let objects of a folder be asked for of which no manifest states what they are.
 
         Args:
-            names: of the objects; None for all shards that are there.
+            names: of the objects.
+            globs: of shards that are looked for in the folder's listing.
         Raises:
-            ShardError: if one is not there, or the store has no listings.
+            ShardError: if one is not there, or there are globs and the store has no listings.
         """
-        sizes = self._ask(url, names=names)["sizes"]
+        sizes = self._ask(url, names=names, globs=globs)["sizes"]
         incoming = self._incoming()
         write_atomically(incoming / ORIGIN, json.dumps({"wds_convnext cache of": url}).encode())
         folder = incoming.rename(self.path / f"placed-{os.urandom(4).hex()}")

@@ -217,6 +217,6 @@ def rounded(num_bytes: int) -> int:
 def occupied(path: str) -> int:
     """The bytes that a file takes on the disk; 0 if it is gone."""
     try:
-        return os.stat(path).st_blocks * 512
+        return os.lstat(path).st_blocks * 512  # what a link names is not in the cache
     except OSError:
         return 0

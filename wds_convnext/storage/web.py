@@ -12,7 +12,7 @@ from time import time
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from wds_convnext.errors import UsageError
+from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.storage.failures import (
     Transient,
     Unranged,
@@ -49,10 +49,13 @@ class HttpClient:
     def size(self, url: str) -> int:
         target, headers = self._target(url)
         with self._answering(target, headers, 0, 1) as response:
-            if response.status == 206:
-                return int(response.headers.get("Content-Range", "").rpartition("/")[2])
-            self._check(response, 0, None)
-            return int(response.headers.get("Content-Length", ""))
+            is_ranged = response.status in (206, 416)  # 416 of an empty object: "bytes */0"
+            if not is_ranged:
+                self._check(response, 0, None)
+            stated = response.headers.get("Content-Range" if is_ranged else "Content-Length", "")
+        if not (size := stated.rpartition("/")[2]).isdecimal():
+            raise ShardError(f"{url}: the server does not say how large it is. Index a local copy.")
+        return int(size)
 
     def is_sealed(self, url: str) -> bool:
         return self._target(url)[0].startswith("https:")
@@ -73,8 +76,8 @@ class HttpClient:
                 if response.status not in (301, 302, 303, 307, 308):
                     break
                 target = urljoin(url, response.headers.get("Location", ""))
-                if urlsplit(target).scheme not in ("http", "https"):
-                    raise Transient("a redirect to no http URL")
+                if urlsplit(target).scheme not in ("https", urlsplit(url).scheme):
+                    raise Transient("a redirect to no http URL, or out of https")
                 if urlsplit(target).netloc != urlsplit(url).netloc:
                     headers = {}  # credentials are for the first host alone
                 url = target

@@ -78,11 +78,11 @@ def node_cache(settings: RemoteConfig, specs: Sequence[str | None], world: World
     """One cache for the ranks of a node, of which the first one opens it.
 
     Args:
-        specs: of shards. If none are remote nothing is agreed upon, and nothing written.
+        specs: of shards. If no rank finds remote ones, nothing is written.
     Raises:
         UsageError: on all ranks, if a cache cannot be opened.
     """
-    if world.local_size == 1 or not any(map(reads_remote, specs)):
+    if not _any_remote(specs, world) or world.local_size == 1:
         with caching(settings):
             yield
         return
@@ -102,6 +102,11 @@ def node_cache(settings: RemoteConfig, specs: Sequence[str | None], world: World
         yield
 
 
+def _any_remote(specs: Sequence[str | None], world: World) -> bool:
+    """On all ranks alike, since a local manifest that names URLs may stand on some nodes only."""
+    return any(gather_lists([any(map(reads_remote, specs))], world))
+
+
 def first_on_each_node(
     open: Callable[[], Value], specs: Sequence[str | None], world: World
 ) -> Value:
@@ -110,7 +115,7 @@ def first_on_each_node(
     Raises:
         WdsConvnextError: on all ranks, if it fails on one.
     """
-    if world.local_size == 1 or not any(map(reads_remote, specs)):
+    if not _any_remote(specs, world) or world.local_size == 1:
         return open()
     value: list[Value] = []
     for is_turn in (world.local_rank == 0, world.local_rank > 0):
