@@ -29,6 +29,13 @@ def test_sizes_begin_at_their_share_of_the_runs_steps():
     assert image_sizes(TrainConfig(image_size=96), ORDER).num_steps(range(7)) == {96: 7}
 
 
+def test_shares_stay_as_they_are_written():
+    """Rounded, two may become one, or the last one the end of the run."""
+    schedule = "0:128,0.4999999:160,0.5:192,0.9999999:224"
+
+    assert TrainConfig(image_size_schedule=schedule).image_size_schedule == schedule
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -73,7 +80,7 @@ def test_a_rehearsal_changes_nothing(model):
     for rehearses in (False, True):
         state, recipe = make_step(model=model, drop_path_rate=0.0)
         if rehearses:
-            rehearse(state, batch, sizes=[32, 48], recipe=recipe)
+            rehearse(state, batch, sizes=[32, 48], evaluated=48, recipe=recipe)
             assert all(p.grad is None for p in state.model.parameters())
         train_step(state, [batch], lr=1e-3, recipe=recipe)
         weights.append(state.model.state_dict())

@@ -3,7 +3,6 @@
 import copy
 import io
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -64,16 +63,19 @@ def test_a_copy_is_written_as_the_state_itself_and_keeps_its_moment():
 def test_one_thing_at_a_time_in_the_order_asked_for():
     """The second waits for the first, the end of the context for all."""
     done = []
+    gates = {1: threading.Event(), 2: threading.Event()}
 
     def work(number: int) -> None:
-        time.sleep(0.05)
+        assert gates[number].wait(HANG_S)
         done.append(number)
 
     with Writer() as writer:
         writer.start(lambda: work(1))
         assert done == []
+        threading.Timer(0.05, gates[1].set).start()
         writer.start(lambda: work(2))
         assert done == [1]
+        gates[2].set()
 
     assert done == [1, 2]
 

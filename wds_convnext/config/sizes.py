@@ -38,4 +38,4 @@ class SizeSchedule(click.ParamType):
             pairs = size_shares(value)
         except ValueError:
             self.fail(f"{value!r} is no schedule of image sizes", param, ctx)
-        return ",".join(f"{share:g}:{size}" for share, size in pairs)
+        return ",".join(f"{repr(share).removesuffix('.0')}:{size}" for share, size in pairs)

@@ -6,8 +6,10 @@ run goes on with it.
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # which takes seconds, and who asks for a step's size need not pay for it
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ImageSizes:
         return sum(count * size**2 for size, count in self.num_steps(steps).items())
 
 
-def in_memory_of(images: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def in_memory_of(images: "torch.Tensor", shape: tuple[int, ...]) -> "torch.Tensor":
     """A batch (B, C, H, W), channels_last, at the beginning of a larger one's memory."""
     if images.shape == shape:
         return images

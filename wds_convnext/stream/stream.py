@@ -77,11 +77,17 @@ class Stream(Protocol):
     def new_images(self) -> torch.Tensor: ...
 
 
-class _Transforms(NamedTuple):
+class _Transforms:
     """What makes a batch's images."""
 
-    unknown: Any  # of any bytes
-    known: Any  # of those that are known to decode
+    def __init__(self, transform: Any):
+        self.unknown = transform  # of any bytes
+
+    @cached_property
+    def known(self) -> Any:
+        """Of bytes that are known to decode; made once there are some, as it may load a library."""
+        for_known = getattr(self.unknown, "for_known", None)
+        return for_known() if for_known else self.unknown
 
     @property
     def decodes_groups(self) -> bool:
@@ -231,8 +237,7 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
             transform: Any = self.transform
             if size is not None:
                 transform = replace(transform, image_size=size)
-            for_known = getattr(transform, "for_known", None)
-            self._made[size] = _Transforms(transform, for_known() if for_known else transform)
+            self._made[size] = _Transforms(transform)
         return self._made[size]
 
     def _load_one(
@@ -250,15 +255,14 @@ class ShardStream(IterableDataset[Batch | dict[str, str | bytes]]):
 
         None for those that it has to load itself, as they may be refused.
         """
-        samples: dict[int, tuple[bytes, int]] = {}
-        if transforms.decodes_groups:
-            for place, number in enumerate(numbers):
-                if reader.is_known_to_decode(number):
-                    with suppress(DataError):
-                        samples[place] = reader.read(number)
-        if not samples:
+        known = [place for place, n in enumerate(numbers) if reader.is_known_to_decode(n)]
+        if not known or not transforms.decodes_groups:
             yield from itertools.repeat(None, len(numbers))
             return
+        samples: dict[int, tuple[bytes, int]] = {}
+        for place in known:
+            with suppress(DataError):
+                samples[place] = reader.read(numbers[place])
         transform = transforms.known
         images = [data for data, _ in samples.values()]
         crops = dict(zip(samples, transform.crops(images, draws[list(samples)])))

@@ -70,7 +70,8 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    moved = {name: t.to(device, non_blocking=True) for name, t in batch.tensors.items()}
+    is_async = device.type == "cuda"  # elsewhere memory may be used again before it is copied
+    moved = {name: t.to(device, non_blocking=is_async) for name, t in batch.tensors.items()}
     return Batch(bad_samples=batch.bad_samples, **moved)
 
 

@@ -129,13 +129,14 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     num_rehearsed = 0
     if len(sizes := run.image_sizes.num_steps(to_come)) > 1:
         shown = track(sizes, "Image sizes", unit="sizes", quiet=log.quiet)
-        rehearse(state, batches[0], sizes=shown, recipe=recipe)
-        num_rehearsed = len(sizes) + 1  # an evaluation, too
+        evaluated = run.image_sizes.sizes[-1] if run.validation else None
+        rehearse(state, batches[0], sizes=shown, evaluated=evaluated, recipe=recipe)
+        num_rehearsed = len(sizes) + (evaluated is not None)
     if before is None:
         train_step(state, batches, lr=lr, recipe=recipe)
     else:
         _first_compiled_step(run, batches, lr=lr, log=log)
-        _warn_of_cuts(before, most=max(num_rehearsed, 1), log=log)
+        _warn_of_cuts(run, before, most=max(num_rehearsed, 1), log=log)
     # Everything that stays is here now. A full collection takes 150 ms of 400,000 objects (n = 5,
     # one CPU); frozen, none that is visible, so collecting need not be switched off.
     gc.collect()
@@ -156,8 +157,10 @@ def _first_compiled_step(run: "Run", batches: list[Batch], *, lr: float, log: Ru
         )
 
 
-def _warn_of_cuts(before: Compiled, *, most: int, log: RunLog) -> None:
+def _warn_of_cuts(run: "Run", before: Compiled, *, most: int, log: RunLog) -> None:
     if reason := compiled_so_far().cut_since(before, most=most):
+        if run.machine.world.size > 1:
+            reason = "where, is unknown"  # the first cut is in DistributedDataParallel's own code
         log.say(
             "Warning: the compiler cut the model into several graphs, which is slower "
             f"({printable(' '.join(reason.split()))}). Use another torch version or --model, or "

@@ -174,25 +174,38 @@ def eager_loss(state: TrainState, batches: list[Batch], recipe: StepRecipe) -> t
     return sum_over_ranks(torch.stack(losses).mean(), recipe.world) / recipe.world.size
 
 
-def rehearse(state: TrainState, batch: Batch, *, sizes: Iterable[int], recipe: StepRecipe) -> None:
+def rehearse(
+    state: TrainState,
+    batch: Batch,
+    *,
+    sizes: Iterable[int],
+    evaluated: int | None,
+    recipe: StepRecipe,
+) -> None:
     """Train on a blank batch of each image size, as `batch` but for that, and change nothing.
 
-    The model is compiled for all of them here, and one that does not fit into memory ends the run
-    here, not in the middle of it. An evaluation of the last size is rehearsed, too.
+    The model is compiled for all of them here, and activations that do not fit into memory end the
+    run here, not in the middle of it (the optimizer's moments come with the first step). An
+    evaluation of the size `evaluated` is rehearsed, too, if it is given.
     """
     state.enter_train_mode()
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     for size in sizes:
-        shape = (*batch.images.shape[:2], size, size)
-        blank = torch.zeros(shape, dtype=torch.uint8, device=batch.images.device)
-        blank = blank.contiguous(memory_format=torch.channels_last)
+        blank = _blank(batch.images, size)
         _loss(recipe.forward, state, batch._replace(images=blank), 0, recipe).backward()
         state.optimizer.zero_grad(set_to_none=True)
-    state.model.eval()
-    with torch.no_grad(), recipe.autocast():
-        recipe.forward(recipe.normalizer(blank))
+    if evaluated is not None:
+        state.model.eval()
+        with torch.no_grad(), recipe.autocast():
+            recipe.forward(recipe.normalizer(_blank(batch.images, evaluated)))
     for buffer, before in buffers:
         buffer.copy_(before)
+
+
+def _blank(images: torch.Tensor, size: int) -> torch.Tensor:
+    shape = (*images.shape[:2], size, size)
+    blank = torch.zeros(shape, dtype=torch.uint8, device=images.device)
+    return blank.contiguous(memory_format=torch.channels_last)
 
 
 def augment_on_device(
