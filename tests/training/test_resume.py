@@ -117,7 +117,7 @@ def test_another_number_of_workers_gives_the_same_run(shards, tmp_path, uninterr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_killed_at_random_moments_and_resumed_is_as_if_never_killed(
     shards, tmp_path, uninterrupted, workers
 ):
