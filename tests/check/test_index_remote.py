@@ -1,6 +1,7 @@
 """`wds-convnext index` of shards at URLs: a local manifest and index that name them."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from stores import serving, write_store
@@ -8,7 +9,7 @@ from stores import serving, write_store
 from wds_convnext.check.index import index
 from wds_convnext.check.verify import verify
 from wds_convnext.config.remote import RemoteConfig
-from wds_convnext.errors import ShardError, WdsConvnextError
+from wds_convnext.errors import ShardError, UsageError, WdsConvnextError
 from wds_convnext.shards.expand import reads_remote
 from wds_convnext.shards.opening import open_dataset, open_splits
 from wds_convnext.storage.cache import caching
@@ -53,6 +54,8 @@ def test_shards_of_others_are_indexed_where_they_are(described, bare, tmp_path):
         str(out / "train.json"),
         str(out / "validation.json"),
     ]
+    with ThreadPoolExecutor(1) as executor, pytest.raises(UsageError, match="no cache of remote"):
+        verify(str(out), executor=executor, quiet=True)
     assert reads_remote(str(out)) and reads_remote(str(out / "train.json"))
     assert not reads_remote(str(described)) and not reads_remote(str(described / "train.json"))
 

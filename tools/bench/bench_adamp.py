@@ -9,12 +9,12 @@ bit, which one thread makes sure of.
 """
 
 import copy
-import statistics
 import time
 
 import click
 import timm
 import torch
+from spread import spread
 from timm.optim import AdamP as TimmAdamP
 
 from wds_convnext.training.adamp import AdamP, parameter_groups
@@ -65,12 +65,6 @@ def measure(
     if not all(map(torch.equal, model.parameters(), twin.parameters())):
         raise click.ClickException(f"{name}: the two optimizers have come to different weights.")
     return spent[0][WARM_UP:], spent[1][WARM_UP:]
-
-
-def spread(values: list[float], format: str) -> str:
-    """Median, lowest and highest."""
-    low, middle, high = (f"{f(values):{format}}" for f in (min, statistics.median, max))
-    return f"{middle} ({low}-{high})"
 
 
 if __name__ == "__main__":

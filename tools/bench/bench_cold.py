@@ -10,11 +10,11 @@ all fits there, "disk" is the rate of that. Medians over the rounds, then lowest
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 
 import click
+from spread import spread
 
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
@@ -58,11 +58,6 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def spread(values: list[float], digits: int) -> str:
-    median, low, high = statistics.median(values), min(values), max(values)
-    return f"{median:,.{digits}f} ({low:,.{digits}f}-{high:,.{digits}f})"
-
-
 @click.command()
 @click.argument("shards")
 @click.option("--rounds", default=5, show_default=True)
@@ -88,11 +83,11 @@ def main(shards: str, rounds: int, **options) -> None:
         progress.add(1, 0)
     progress.close()
     for name, values in rates.items():
-        images = spread([rate * len(dataset) / num_mb for rate in values], 0)
-        print(f"{name:8}{spread(values, 1):>24} MB/s   {images:>24} images/s")
+        images = spread([rate * len(dataset) / num_mb for rate in values], ",.0f")
+        print(f"{name:8}{spread(values, ',.1f'):>24} MB/s   {images:>24} images/s")
     for other in ("disk", "cached"):
         ratio = [cold / rate for cold, rate in zip(rates["cold"], rates[other])]
-        print(f"cold is {spread(ratio, 2)} of {other}, n = {rounds}")
+        print(f"cold is {spread(ratio, ',.2f')} of {other}, n = {rounds}")
 
 
 if __name__ == "__main__":

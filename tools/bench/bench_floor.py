@@ -9,13 +9,13 @@ time; rounds go through all rows of the table in turn. "of the floor" is taken r
 Medians over the rounds, then lowest and highest.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 
 import click
 import numpy as np
 import torch
+from spread import spread
 
 from wds_convnext.progress import Progress
 from wds_convnext.shards.boxdecoder import Box, box_decoder
@@ -36,11 +36,6 @@ def read_codes(data: bytes, box: Box) -> None:
         raise click.ClickException("nvImageCodec is not installed here.")
     (pixels,) = decoder.decode([data], [Box(box.top + box.height - side, 0, side, CORNER)])
     assert pixels is not None  # known to decode
-
-
-def spread(values: list[float], digits: int) -> str:
-    median, low, high = statistics.median(values), min(values), max(values)
-    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 @click.command()
@@ -78,8 +73,9 @@ def main(shards: str, images: int, rounds: int, image_size: int) -> None:
     progress.close()
     floor = costs["Huffman codes alone"]
     for name, values in costs.items():
-        ratio = spread([cost / least for cost, least in zip(values, floor)], 2)
-        print(f"{name:22}{spread(values, 2):>24} CPU ms   {ratio:>18} of the floor, n = {rounds}")
+        ratio = spread([cost / least for cost, least in zip(values, floor)], ",.2f")
+        cost = spread(values, ",.2f")
+        print(f"{name:22}{cost:>24} CPU ms   {ratio:>18} of the floor, n = {rounds}")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ should fit the page cache. Medians over the rounds, then lowest and highest.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import click
 import torch
+from spread import spread
 
 from wds_convnext.progress import Progress
 from wds_convnext.shards.dataset import Dataset
@@ -96,8 +96,7 @@ def main(shards: str, workers: str, rounds: int, measure: int, **sizes: int) -> 
     progress.close()
     print(f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, n = {rounds}")
     for name, values in rates.items():
-        median, low, high = statistics.median(values), min(values), max(values)
-        print(f"{name:20}{median:10,.0f} ({low:,.0f}-{high:,.0f}) images/s")
+        print(f"{name:20}{spread(values, ',.0f'):>26} images/s")
 
 
 if __name__ == "__main__":

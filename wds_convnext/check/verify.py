@@ -31,7 +31,7 @@ from wds_convnext.shards.expand import reads_remote
 from wds_convnext.shards.scan import MAX_CLASSES
 from wds_convnext.shards.spec import Shard, index_path
 from wds_convnext.storage.cache import caching
-from wds_convnext.urls import refuse_remote
+from wds_convnext.urls import redacted
 
 _MAX_SHOWN = 10  # problems of a split, as text
 
@@ -128,13 +128,11 @@ def _verify(
     quiet: bool,
 ) -> list[SplitVerdict]:
     is_shared = config.engine is not None or executor is not None
-    if is_shared:
-        refuse_remote(spec, what="an engine's machines have no cache of remote shards")
-        if reads_remote(spec):
-            raise UsageError(
-                f"{spec}: its shards are at URLs, and an engine's machines have no cache of these. "
-                "Verify without --engine, or a local copy."
-            )
+    if is_shared and reads_remote(spec):
+        raise UsageError(
+            f"{redacted(spec)}: an engine's machines have no cache of remote shards. Do it with a "
+            "local copy."
+        )
     against = config.against and shared_path(config.against, is_shared=is_shared)
     against = "the source" if source is not None else against
     splits = find_shard_splits(shared_path(spec, is_shared=is_shared))
