@@ -107,8 +107,7 @@ class _Answer(BaseHTTPRequestHandler):
         path = self.server.folder / name
         if not path.is_file():
             return self._say(404)
-        data = path.read_bytes()
-        size, start = len(data), 0
+        size, start, stop = path.stat().st_size, 0, None
         time.sleep(self.server.latency_s)
         ranged = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not (ranged and ranged[2]):
@@ -117,8 +116,11 @@ class _Answer(BaseHTTPRequestHandler):
             start = int(ranged[1])
             if start >= size:
                 return self._say(416)
-            data = data[start : int(ranged[2]) + 1 if ranged[2] else size]
+            stop = int(ranged[2]) + 1 if ranged[2] else None
             self.server.num_ranges += bool(ranged[2])
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(None if stop is None else stop - start)
         fault = self.server.fault()
         if fault in ("408", "429", "503"):
             return self._say(int(fault), {"Retry-After": self.server.retry_after})

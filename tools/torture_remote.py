@@ -137,13 +137,22 @@ def main(
                 command = train_command(
                     url, out, *limits, workers=rng.choice([0, 1, 3]), steps=steps
                 )
-                process = subprocess.Popen(
-                    command, start_new_session=True, env=environment, **quiet
-                )
-                hits = torment(process, longest=longest, rng=rng)
-                code = process.wait()
+                with open(scratch / "errors", "w+") as errors:
+                    process = subprocess.Popen(
+                        command,
+                        start_new_session=True,
+                        env=environment,
+                        stdout=subprocess.DEVNULL,
+                        stderr=errors,
+                    )
+                    hits = torment(process, longest=longest, rng=rng)
+                    code = process.wait()
+                    errors.seek(0)
+                    said = errors.read().splitlines()[-1:]
                 counts.update(hits)
                 click.echo(f"{kill + 1}/{kills} {hits}: exit code {code}, step {steps_done(out)}")
+                if code > 0:  # of itself, so it says why
+                    click.echo("\n".join(said))
                 if code == 0:
                     break
             command = train_command(url, out, *limits, workers=2, steps=steps)

@@ -10,7 +10,7 @@ from wds_convnext.check.index import index
 from wds_convnext.check.verify import verify
 from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import ShardError, UsageError, WdsConvnextError
-from wds_convnext.shards.expand import reads_remote
+from wds_convnext.shards.expand import reads_remote, split_specs
 from wds_convnext.shards.opening import open_dataset, open_splits
 from wds_convnext.storage.cache import caching
 
@@ -58,6 +58,12 @@ def test_shards_of_others_are_indexed_where_they_are(described, bare, tmp_path):
         verify(str(out), executor=executor, quiet=True)
     assert reads_remote(str(out)) and reads_remote(str(out / "train.json"))
     assert not reads_remote(str(described)) and not reads_remote(str(described / "train.json"))
+    for name in ("train.json", "train.index", "train-000.tar"):  # next to the remote validation
+        shutil.copy(described / name, out / name)
+    for train_spec in ("train.json", "train-<000..000>.tar"):
+        specs = split_specs(str(out / train_spec), None)
+        assert [reads_remote(spec) for spec in specs] == [False, True]
+    assert len(split_specs(str(described / "none.json"), None)) == 1
 
 
 def test_a_shard_that_changes_after_it_was_indexed_is_named(bare, tmp_path):

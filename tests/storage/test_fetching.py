@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_samples_are_those_of_the_local_shards(shards, tmp_path):
         assert remote.digest == local.digest
         assert remote.shards[0].where == f"{store.url}/train-000.tar"
         assert tars(cache) == ["train-000.tar", "train-003.tar", "train-019.tar"]
+        wait_for(lambda: cache.counts()[3] == 3)  # noted a moment after the last one is here
         fetched, *_, published, evicted = cache.counts()
         assert fetched >= 3 * local.shards[0].num_bytes and (published, evicted) == (3, 0)
     wait_for(lambda: not fetcher_of(cache))
@@ -96,23 +98,32 @@ def test_a_fetcher_that_is_killed_is_started_again(shards, tmp_path, capfd):
     assert capfd.readouterr().err.count("it is started again") == 3
 
 
-def test_what_was_left_by_a_kill_is_used_or_deleted(shards, tmp_path):
-    """Whole shards serve the next process; parts of shards, and other data's, are deleted."""
+def test_what_was_left_by_a_kill_serves_until_there_is_no_room(shards, tmp_path):
+    """Parts of shards are deleted at once, others when room is needed, those of a split before it.
+
+    The validation split is opened long after the fetcher has looked at what was left.
+    """
     with serving(shards) as store:
         with caching(options(tmp_path)) as cache:
             open_dataset(f"{store.url}/train.json")[0]
+            open_dataset(f"{store.url}/validation.json")[0]
             (folder,) = {path.parent for path in cache.path.glob("*/*.tar")}
         (folder / "train-005.tar.part").write_bytes(b"half")
-        (folder / "old-00000.tar").write_bytes(b"of other shards")
-        asked = store.asked["train-000.tar"]
+        (folder / "old-00000.tar").write_bytes(bytes(100_000))
+        asked = Counter(store.asked)
 
-        with caching(options(tmp_path)) as cache:
+        with caching(options(tmp_path, 262_000)) as cache:
             dataset = open_dataset(f"{store.url}/train.json")
-            assert dataset[0] and dataset[1] and dataset[2]
+            wait_for(lambda: not (folder / "train-005.tar.part").exists())
+            assert dataset[0] and open_dataset(f"{store.url}/validation.json")[0]
+            for name in ("train-000.tar", "validation-000.tar"):
+                assert store.asked[name] == asked[name] == 1
+            assert (folder / "old-00000.tar").exists()
 
-            assert store.asked["train-000.tar"] == asked == 1
-            names = {path.name for path in folder.iterdir()}
-            assert not {"train-005.tar.part", "old-00000.tar"} & names
+            assert all(dataset[number] for number in range(2, 20))
+            assert not (folder / "old-00000.tar").exists()
+            assert {"train-000.tar", "validation-000.tar"} & set(tars(cache))
+            assert sum(occupied(str(path)) for path in cache.path.rglob("*")) <= 262_000
 
 
 def test_a_second_process_has_a_folder_of_its_own(shards, tmp_path):

@@ -9,7 +9,7 @@ from stores import FAULTS, serving
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.storage.clients import client_for
 from wds_convnext.storage.transfer import Counts, Expected, Store
-from wds_convnext.storage.web import retry_after
+from wds_convnext.storage.web import HttpClient, retry_after
 from wds_convnext.urls import check_url, redacted
 
 DATA = bytes(range(256)) * 1000
@@ -134,3 +134,41 @@ def test_patterns_and_revisions_are_no_secrets(url):
 def test_an_unknown_store_is_one_line():
     with pytest.raises(UsageError, match="fsspec does not know this store"):
         client_for("gopher://host/data", stall_s=1)
+
+
+@pytest.mark.parametrize(
+    "url, endpoint, is_sealed",
+    [
+        ("https://host/a.tar", "", True),
+        ("http://host/a.tar", "", False),
+        ("hf://datasets/ann/pets/a.tar", "", True),
+        ("s3://bucket/a.tar", "", True),
+        ("s3://bucket/a.tar", "AWS_ENDPOINT_URL=http://127.0.0.1:9", False),
+        ("s3://bucket/a.tar", "AWS_ENDPOINT_URL=https://minio.example", True),
+        ("gs://bucket/a.tar", "AWS_ENDPOINT_URL=http://127.0.0.1:9", True),
+        ("gs://bucket/a.tar", "GOOGLE_BASE_URL=http://127.0.0.1:9", False),
+        ("az://container/a.tar", "AZURE_STORAGE_ENDPOINT=http://127.0.0.1:9", False),
+        ("memory://a.tar", "", False),
+    ],
+)
+def test_only_encrypted_connections_are_sealed(monkeypatch, url, endpoint, is_sealed):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "GOOGLE_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    if endpoint:
+        monkeypatch.setenv(*endpoint.split("="))
+
+    assert client_for(url, stall_s=1).is_sealed(url) is is_sealed
+
+
+def test_an_object_of_known_size_comes_twice_unless_it_is_sealed(folder, tmp_path, monkeypatch):
+    """The same server, which the client takes for one behind TLS the second time."""
+    times = []
+    for is_sealed in (False, True):
+        monkeypatch.setattr(HttpClient, "is_sealed", lambda *_, answer=is_sealed: answer)
+        with serving(folder) as store:
+            url, path = f"{store.url}/a.tar", tmp_path / "a"
+            Store.of(6.0, Counts()).fetch_unchecked(url, str(path), num_bytes=len(DATA))
+            times.append(store.asked["a.tar"])
+        assert path.read_bytes() == DATA
+
+    assert times == [2, 1]

@@ -88,9 +88,11 @@ def test_every_batch_finds_its_shards_in_the_plan(
             assert needed <= set(planned.tolist())
 
 
-@pytest.mark.parametrize("step", [0, 5, 11])
+@pytest.mark.parametrize("step", [0, 5, 11, 24])
 def test_a_plan_from_a_later_step_is_the_rest_of_the_plan(step):
-    run = make_run([9, 8, 7, 6])
+    """Also from the last one on, which ends an epoch to the sample: the evaluation is left."""
+    run = make_run([9, 8, 9, 6])
+    assert run.schedule.last_step == 24 and 24 * 4 == 3 * 32
     whole, rest = run.uses(), run.uses(from_step=step)
     start = run.start(step, validates_first=False)
 

@@ -19,7 +19,7 @@ def with_classes(dataset: "Dataset", class_names: tuple[str, ...], *, of: str) -
     Raises:
         ShardError: if its classes are others.
     """
-    where, found = dataset.shards[0].path, dataset.class_names
+    where, found = dataset.shards[0].where, dataset.class_names
     if dataset.is_counted and len(found) > len(class_names):
         raise ShardError(
             f"{where}: its split has labels up to {len(found) - 1}, but {of} has "

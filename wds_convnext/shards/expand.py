@@ -10,7 +10,7 @@ from pathlib import Path
 
 import braceexpand
 
-from wds_convnext.errors import ShardError, did_you_mean, listing
+from wds_convnext.errors import ShardError, WdsConvnextError, did_you_mean, listing
 from wds_convnext.shards.naming import (
     MAX_FILES,
     counterpart,
@@ -79,10 +79,10 @@ def expand_shards(
     return dict(found)
 
 
-def reads_remote(spec: str | None) -> bool:
+def reads_remote(spec: str) -> bool:
     """Whether a spec names a URL, or a manifest whose shards are at one."""
-    if spec is None or names_remote(spec):
-        return spec is not None
+    if names_remote(spec):
+        return True
     for part in split_spec(spec):
         manifests = manifests_in(part) if os.path.isdir(part) else [part]
         for path in manifests:
@@ -90,6 +90,18 @@ def reads_remote(spec: str | None) -> bool:
                 if path.endswith(".json") and is_manifest(path) and remote_folder_of(path):
                     return True
     return False
+
+
+def split_specs(shards: str, val_shards: str | None) -> list[str]:
+    """The specs of the training split and of its validation split, as far as files here say.
+
+    Args:
+        shards, val_shards: see `opening.open_splits`.
+    """
+    if val_shards is None and not reads_remote(shards):
+        with suppress(WdsConvnextError):  # whoever opens them raises it
+            val_shards = find_counterpart(expand_spec(shards)[0], use="validation")
+    return [shards, val_shards] if val_shards else [shards]
 
 
 def _named_manifest(part: str, use: str) -> str | None:

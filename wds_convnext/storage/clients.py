@@ -26,7 +26,11 @@ from wds_convnext.urls import name_in, parent, scheme_of
 _PART = 1 << 23  # bytes of one request, where a client does not stream
 # Where a machine in a cloud learns its credentials, after all else was looked through.
 _METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
-_OBSTORE = ("s3", "gs", "az", "azure", "abfss", "r2")
+# What names another server than the usual one, by scheme.
+_AWS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_AZURE = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+_OBSTORE = {"s3": _AWS, "r2": _AWS, "gs": ("GOOGLE_BASE_URL",)}
+_OBSTORE |= dict.fromkeys(("az", "azure", "abfss"), _AZURE)
 
 
 class Client(Protocol):
@@ -76,7 +80,7 @@ class ObstoreClient:
     """s3, gs and az, with the usual chain of credentials; without any, as a stranger."""
 
     def __init__(self, scheme: str, stall_s: float):
-        self._stall_s = stall_s
+        self._scheme, self._stall_s = scheme, stall_s
         self._obstore = package("obstore")
         package("obstore.store")  # not imported with it
         self._stores: dict[str, Any] = {}
@@ -124,10 +128,9 @@ class ObstoreClient:
 
     @property
     def _endpoint(self) -> str:
-        """The S3 server that is named; empty for the usual one."""
-        endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        """The server that is named; empty for the usual one."""
         stated = self._options.get("aws_endpoint")
-        return next(filter(None, [*map(os.environ.get, endpoints), stated]), "")
+        return next(filter(None, [*map(os.environ.get, _OBSTORE[self._scheme]), stated]), "")
 
     def _store(self, folder: str) -> Any:
         if folder not in self._stores:

@@ -61,6 +61,7 @@ class Fetcher:
         self._now, self._at, self._order = -1, list[int](), list[int]()
         self._other_bytes = 0
         self._present: dict[int, int] = {}  # object -> bytes that it occupies
+        self._strangers: dict[str, int] = {}  # path of a shard that no one may ask for -> bytes
         self._since: dict[int, float] = {}  # object -> when a reader last waited for it
         self._busy: dict[Future, tuple[int, int]] = {}  # -> object, bytes set aside
         self._counts: list[Counts] = []  # of each store, since one thread adds to it
@@ -106,8 +107,9 @@ class Fetcher:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "wanted" / self._objects[number].token).unlink()
         times = self._times()
-        if self._has_changed("first.npy"):
+        if self._next_uses is not None and self._has_changed("first.npy"):  # it comes first
             self._early.load(self._objects)
+            self._shrink(times)
         reserved = self._early.reserved_bytes
         if self._early.tick(self._now, self._present):  # first, since a batch waits for them
             self._write_counts()
@@ -142,9 +144,6 @@ class Fetcher:
             return False
         found = self._objects[number]
         needed = rounded(found.num_bytes)
-        room = self.cache_bytes - self._other_bytes - sum(self._present.values())
-        room -= self._early.reserved_bytes
-        room -= sum(size for _, size in self._busy.values())
         now = time.monotonic()
         going = [
             n
@@ -153,16 +152,31 @@ class Fetcher:
         ]
         # Of those that are never needed again, the one that was waited for longest ago.
         going.sort(key=lambda n: (-times[n], self._since.get(n, 0.0)))
-        if room + sum(self._present[n] for n in going) < needed:
-            return False
-        for victim in going:
-            if room >= needed:
-                break
-            room += self._evict(victim)
-        if room < needed:
+        if not self._make_room(needed, going):
             return False
         self._busy[self._pool.submit(self._fetch, found)] = number, needed
         return True
+
+    def _make_room(self, num_bytes: int, going: list[int]) -> bool:
+        """Delete strangers, then objects in this order, until so many bytes are free.
+
+        None of them, if all together would not do.
+        """
+        taken = [*self._present.values(), *self._strangers.values()]
+        taken += [size for _, size in self._busy.values()]
+        room = self.cache_bytes - self._other_bytes - self._early.reserved_bytes - sum(taken)
+        most = room + sum(self._strangers.values()) + sum(self._present[n] for n in going)
+        if most < num_bytes:
+            return False
+        while room < num_bytes and self._strangers:
+            path, size = self._strangers.popitem()
+            Path(path).unlink(missing_ok=True)
+            room += size
+        for victim in going:
+            if room >= num_bytes:
+                break
+            room += self._evict(victim)
+        return room >= num_bytes
 
     def _fetch(self, found: Object) -> None:
         """Bring an object, and give it its name when it is what the manifest says."""
@@ -209,12 +223,17 @@ class Fetcher:
         return self._present.pop(number)
 
     def _load_objects(self) -> None:
-        """Take over the list of objects; other shards in the cache's folders are deleted."""
+        """Take over the list of objects, which grows as splits are opened.
+
+        Other shards in the cache's folders stay for as long as there is room: they may be those of
+        a split that is opened next.
+        """
         content = json.loads((self.path / "objects.json").read_bytes())
         is_first = not self._objects
         self._objects = [Object(*fields) for fields in content]
         self._by_token = {found.token: n for n, found in enumerate(self._objects)}
         number_at = {found.path: n for n, found in enumerate(self._objects)}
+        self._strangers = {}
         busy = {f"{self._objects[n].path}.part" for n, _ in self._busy.values()}
         for folder in (entry.path for entry in os.scandir(self.path) if entry.is_dir()):
             if origin_of(folder) is None:
@@ -223,12 +242,14 @@ class Fetcher:
                 number = number_at.get(path)
                 if number is not None:
                     self._present.setdefault(number, occupied(path))
-                elif path not in busy and path.endswith((".tar", ".part")):
-                    os.unlink(path)  # of other shards, or of a fetcher that died
+                elif path.endswith(".tar"):
+                    self._strangers[path] = occupied(path)
+                elif path.endswith(".part") and path not in busy:
+                    os.unlink(path)  # of a fetcher that died
         self._measure()
         self._stamps.pop("plan.npy", None)  # it is laid over these objects
         if is_first:
-            self._shrink()
+            self._shrink(self._times())
 
     def _measure(self) -> None:
         """Count what is no shard: manifests, indexes, the plan, and what comes and goes."""
@@ -237,12 +258,10 @@ class Fetcher:
         rest = (path for path in paths if not path.endswith((".tar", ".part")))
         self._other_bytes = MARGIN + sum(map(occupied, rest))
 
-    def _shrink(self) -> None:
-        """Evict what an earlier run with a larger cache has left."""
-        for number in list(self._present):
-            if self._other_bytes + sum(self._present.values()) <= self.cache_bytes:
-                return
-            self._evict(number)
+    def _shrink(self, times: list[int]) -> None:
+        """Evict what is too much: an earlier run with a larger cache left it, or ranges come."""
+        going = sorted(self._present, key=lambda number: -times[number])
+        self._make_room(0, going)
 
     def _load_plan(self) -> None:
         import numpy as np  # without a plan, none of it is needed

@@ -86,7 +86,8 @@ class RunPlan:
         order, last_step = self.order, self.schedule.last_step
         stop = last_step * order.global_batch_size  # a batch may take from several epochs
         epochs = range(order.epoch_of(from_step), -(-stop // order.num_samples))
-        parts = [self._uses_of(epoch) for epoch in epochs]
+        nothing = np.zeros(0, np.int64)  # of a run whose steps are all done
+        parts = [(nothing,) * 3, *(self._uses_of(epoch) for epoch in epochs)]
         shard, first, last = (np.concatenate(columns) for columns in zip(*parts))
         is_due = (last >= from_step) & (first < last_step)
         shard, first = shard[is_due], first[is_due]

@@ -74,7 +74,7 @@ class Pace:
 
 
 @contextmanager
-def node_cache(settings: RemoteConfig, specs: Sequence[str | None], world: World) -> Iterator[None]:
+def node_cache(settings: RemoteConfig, specs: Sequence[str], world: World) -> Iterator[None]:
     """One cache for the ranks of a node, of which the first one opens it.
 
     Args:
@@ -102,14 +102,12 @@ def node_cache(settings: RemoteConfig, specs: Sequence[str | None], world: World
         yield
 
 
-def _any_remote(specs: Sequence[str | None], world: World) -> bool:
+def _any_remote(specs: Sequence[str], world: World) -> bool:
     """On all ranks alike, since a local manifest that names URLs may stand on some nodes only."""
     return any(gather_lists([any(map(reads_remote, specs))], world))
 
 
-def first_on_each_node(
-    open: Callable[[], Value], specs: Sequence[str | None], world: World
-) -> Value:
+def first_on_each_node(open: Callable[[], Value], specs: Sequence[str], world: World) -> Value:
     """What a function gives that opens remote shards; the other ranks find what the first fetched.
 
     Raises:

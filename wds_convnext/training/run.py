@@ -17,7 +17,7 @@ from wds_convnext.pool import num_cores
 from wds_convnext.progress import track
 from wds_convnext.shards.dataset import Dataset
 from wds_convnext.shards.decode import decoder_versions
-from wds_convnext.shards.expand import absolute_spec
+from wds_convnext.shards.expand import absolute_spec, split_specs
 from wds_convnext.shards.opening import open_splits
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.shards.spec import check_sha256
@@ -160,7 +160,7 @@ def open_run(
     shards = config.require_shards()
     train_data, val_data, val_spec = first_on_each_node(
         lambda: open_splits(shards, config.val_shards, jobs=num_cores(), quiet=False),
-        [shards, config.val_shards],
+        split_specs(shards, config.val_shards),
         machine.world,
     )
     for flag, needs_validation in (

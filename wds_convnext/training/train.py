@@ -17,7 +17,7 @@ from wds_convnext import progress
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, TrainingError
 from wds_convnext.options import warn
-from wds_convnext.shards.expand import find_counterpart
+from wds_convnext.shards.expand import find_counterpart, split_specs
 from wds_convnext.training.checkpoint import Facts, load_checkpoint, load_weights
 from wds_convnext.training.claim import claim
 from wds_convnext.training.distributed import (
@@ -59,14 +59,14 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
         WdsConvnextError: if data, checkpoint or training fail; the message says what to do.
     """
     config = TrainConfig.of(config, options)
-    config.require_shards()
+    shards = config.require_shards()
     world, device = join_world(config.device)
     try:
         config = with_pretrained(config)
         machine = Machine.of(world, device, amp=config.amp, compile=config.compile)
         with (
             claim(config, world, warn=warn) as rundir,
-            node_cache(config, [config.shards, config.val_shards], world),
+            node_cache(config, split_specs(shards, config.val_shards), world),
         ):
             return _train(config, machine, rundir)
     except (RuntimeError, MemoryError) as error:
