@@ -7,7 +7,7 @@ convnext_base is 1,920 operations and no synchronization (timm: 6,601 and 226).
 On a CPU, where the branch costs nothing and saves work, `adamp_host` takes the step.
 Dropped: both cosines from one dot product, which rounds otherwise at the threshold; moments stacked
 and copied back, two more passes over each. On CUDA `adamp_triton` takes over float32 tensors, if
-Triton is installed: the operations here move 288 bytes a weight, its kernels 40. Not measured: any
+Triton is installed: the operations here move 284 bytes a weight, its kernels 40. Not measured: any
 of this on a GPU.
 """
 

@@ -1,7 +1,7 @@
 """AdamP in four launches, whatever the number of tensors: kernels in Triton for CUDA.
 
 A step reads and writes each weight's memory as rarely as AdamP allows: 40 bytes a weight, where the
-batched operations of `adamp` move 288 (both counted, not measured on a GPU):
+batched operations of `adamp` move 284 (both counted, not measured on a GPU):
 
 1. `_begin`: count the step; what follows from it is computed in float64, once a tensor.
 2. `_moments`: read gradient, weight and both moments, write the moments; sums of each row (24).

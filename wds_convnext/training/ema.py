@@ -51,7 +51,7 @@ class WeightAverage:
         if self.num_updates is not None:
             decay = decay_at(self.num_updates, decay)
             self.num_updates += 1  # frozen ones included: the host does not know of them
-        weight = (1 - decay) * (1 - frozen.float())
+        weight = torch.where(frozen, 0.0, 1 - decay)  # float32
         # Not _foreach_lerp_: it takes a Python number, and would read `frozen` to get one.
         moves = torch._foreach_sub(self._parameters, self._average)
         torch._foreach_mul_(moves, weight)
