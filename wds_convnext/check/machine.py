@@ -184,7 +184,14 @@ def _machine(config: DoctorConfig) -> Machine:
     Raises:
         UsageError: if the device is not there, or does not do the precision asked for.
     """
-    return Machine.of(*join_world(config.device), amp=config.amp, compile=config.compile)
+    world, device = join_world(config.device)
+    return Machine.of(
+        world,
+        device,
+        amp=config.amp,
+        compile=config.compile,
+        cuda_graphs=config.cuda_graphs,
+    )
 
 
 MACHINE_RULES: tuple[Rule, ...] = (shard_count, precision, disk_space, loader_rate)

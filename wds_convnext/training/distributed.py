@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.options import warn
-from wds_convnext.training.compiler import require_compiler
+from wds_convnext.training.compiler import require_compiler, require_cuda_graphs
 
 Item = TypeVar("Item")
 
@@ -44,10 +44,17 @@ class Machine:
     device: torch.device
     amp: str  # off, bf16 or fp16
     compiled: bool = False
+    cuda_graphs: bool = False  # whether the compiled model is replayed from some
 
     @classmethod
     def of(
-        cls, world: World, device: torch.device, *, amp: str, compile: bool | None = False
+        cls,
+        world: World,
+        device: torch.device,
+        *,
+        amp: str,
+        compile: bool | None = False,
+        cuda_graphs: bool = False,
     ) -> "Machine":
         """The machine in the precision asked for, compiling or not (None: on CUDA).
 
@@ -55,12 +62,14 @@ class Machine:
             UsageError: if the device cannot do it.
         """
         compiled = device.type == "cuda" if compile is None else compile
+        if cuda_graphs:
+            require_cuda_graphs(device, compiled=compiled, num_ranks=world.size)
         if compiled:
             require_compiler(device)
         if amp == "bf16" and device.type == "cuda" and world.is_main and not _has_bf16():
             name = torch.cuda.get_device_name(device)
             warn(f"--amp bf16: {name} only emulates it, which is slow. Use --amp fp16.")
-        return cls(world, device, choose_amp(amp, device), compiled)
+        return cls(world, device, choose_amp(amp, device), compiled, cuda_graphs)
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:

@@ -12,7 +12,17 @@ from wds_convnext.training.checkpoint import Facts
 from wds_convnext.training.distributed import World, gather_lists
 
 # Options that each rank may have its own of; what they come to is compared as data or environment.
-_OF_A_RANK = ("shards", "val_shards", "workers", "device", "amp", "compile", "out", "resume")
+_OF_A_RANK = (
+    "shards",
+    "val_shards",
+    "workers",
+    "device",
+    "amp",
+    "compile",
+    "cuda_graphs",
+    "out",
+    "resume",
+)
 _WEIGHTING = "weights (--balance, --mixture, --epoch-samples) of digest"
 # Options that may differ on a resume without changing a bit of the weights. (Of the batch size,
 # the global batch is compared.)

@@ -127,7 +127,9 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
     before = compiled_so_far() if recipe.compiled else None
     to_come = range(state.step, run.schedule.last_step)
     num_rehearsed = 0
-    if len(sizes := run.image_sizes.num_steps(to_come)) > 1:
+    # CUDA graphs are recorded and replayed from the second call on: the step that is compared with
+    # eager code must be one of those.
+    if len(sizes := run.image_sizes.num_steps(to_come)) > 1 or recipe.cuda_graphs:
         shown = track(sizes, "Image sizes", unit="sizes", quiet=log.quiet)
         evaluated = run.image_sizes.sizes[-1] if run.validation else None
         rehearse(state, batches[0], sizes=shown, evaluated=evaluated, recipe=recipe)

@@ -123,6 +123,8 @@ class Run:
             validation = f"{len(self.validation.stream.dataset):,} for validation"
         amp = "float32" if machine.amp == "off" else machine.amp
         counts = [f"{flops / 1e9:.3g}" for flops in self.gauges.flops.values() if flops]
+        compiled = "compiled" if machine.compiled else "not compiled"
+        compiled += ", CUDA graphs" * machine.cuda_graphs
         work = f"{', '.join(counts)} GFLOP" if counts else "an unknown number of FLOP"
         peak = f"; peak {self.gauges.peak / 1e12:.0f} TFLOP/s" if self.gauges.peak else ""
         return (
@@ -133,7 +135,7 @@ class Run:
             f"{config.epochs} epoch{'s' * (config.epochs > 1)} of "
             f"{order.num_samples / order.global_batch_size:.1f} steps, "
             f"global batch {order.global_batch_size}, on {machine.world.size} x {machine.device}, "
-            f"{amp}, {'compiled' if machine.compiled else 'not compiled'}"
+            f"{amp}, {compiled}"
         )
 
 

@@ -15,7 +15,7 @@ from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import Preprocessing
 from wds_convnext.training.augment import Mixer, Normalizer, build_mixer
-from wds_convnext.training.compiler import compile_model
+from wds_convnext.training.compiler import compile_model, replayed_model
 from wds_convnext.training.distributed import Machine, World, sum_over_ranks
 from wds_convnext.training.erase import erase
 from wds_convnext.training.loss import Loss
@@ -40,6 +40,7 @@ class StepRecipe:
     world: World
     optimizer_timer: DeviceTimer
     compiled: bool = False  # whether `forward` is
+    cuda_graphs: bool = False  # whether `forward` is replayed from some
     max_skips: int = 0  # steps in a row that may be skipped for not being finite
 
 
@@ -68,9 +69,12 @@ def build_recipe(
         ids = [machine.device.index] if machine.device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=ids, gradient_as_bucket_view=True)
         no_sync = forward.no_sync
+    if machine.compiled:
+        forward = (replayed_model if machine.cuda_graphs else compile_model)(forward)
     return StepRecipe(
-        forward=compile_model(forward) if machine.compiled else forward,
+        forward=forward,
         compiled=machine.compiled,
+        cuda_graphs=machine.cuda_graphs,
         normalizer=Normalizer(preprocessing.mean, preprocessing.std, machine.device),
         mixer=build_mixer(config, num_classes, order),
         loss=Loss(config.loss, weights),
@@ -98,6 +102,8 @@ def train_step(
     """
     state.enter_train_mode()
     set_lr(state.optimizer, lr)
+    if recipe.cuda_graphs:  # before the first batch alone: the next ones add to its gradients
+        torch.compiler.cudagraph_mark_step_begin()
 
     # The forward pass updates buffers (BatchNorm's statistics; ConvNeXt has none), and whether
     # the step is skipped is known only after it: so they are cloned before.
