@@ -6,12 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import make_batch, make_step
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from wds_convnext.config import TrainConfig
+from wds_convnext.training.model import model_for
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "bench"))
 import count_step
-from cuda_by_name import call_nodes
+from cuda_by_name import DEVICE, autocast, backward, state_on_cuda, without_data
+
+TINY = {
+    "model": "test_convnext",
+    "model_arg": ("depths=(1, 1, 1, 1)",),
+    "image_size": 32,
+    "batch_size": 4,
+}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +34,7 @@ from cuda_by_name import call_nodes
 def test_a_step_on_cuda_reads_nothing_and_casts_nothing_for_nothing(amp, options, known_faults):
     """But for what is known: a block's shortcut, and weights once a batch. Matrix products are in
     half precision, and each part of the table moves something."""
-    config = TrainConfig(model="test_convnext", image_size=32, batch_size=4, **options)
+    config = TrainConfig(**TINY, **options)
 
     counted = count_step.count_step(config, amp=amp, num_classes=5, class_weights=amp == "fp16")
 
@@ -40,20 +49,36 @@ def test_nodes_called_one_by_one_give_the_engines_gradients():
     batch = make_batch(0)
     images = recipe.normalizer(batch.images)
 
-    def gradients(backward) -> list[torch.Tensor]:
+    def gradients(go_back) -> list[torch.Tensor]:
         state.optimizer.zero_grad(set_to_none=True)
         for seed in (0, 1):
             torch.manual_seed(seed)
-            loss = torch.nn.functional.cross_entropy(state.model(images), batch.labels)
-            backward(loss)
+            go_back(torch.nn.functional.cross_entropy(state.model(images), batch.labels))
         return [p.grad for p in state.model.parameters()]
 
-    def by_nodes(loss: torch.Tensor) -> None:
-        with torch.no_grad():
-            call_nodes(loss)
-
     expected = gradients(torch.Tensor.backward)
-    torch.testing.assert_close(gradients(by_nodes), expected)
+    torch.testing.assert_close(gradients(backward), expected)
+
+
+def test_on_cuda_the_compiler_makes_one_graph_of_a_model():
+    """One for training, with dropped paths, one for evaluation; channels_last and bf16."""
+    config = TrainConfig(**TINY, drop_path_rate=0.3)
+    counter = CompileCounterWithBackend("eager")
+    with torch.device("meta"):
+        plain = model_for(config, num_classes=5)
+
+    with without_data(), autocast(torch.bfloat16):
+        model = state_on_cuda(config, plain, amp="bf16").model
+        compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
+        images = torch.empty(4, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+        training = compiled(images)
+        model.eval()
+        with torch.no_grad():
+            evaluation = compiled(images)
+
+    assert counter.frame_count == 2
+    assert training.dtype == evaluation.dtype == torch.bfloat16
+    assert training.device.type == evaluation.device.type == "cuda"
 
 
 @pytest.mark.parametrize(

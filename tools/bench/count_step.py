@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the package need not be installed
-from cuda_by_name import DEVICE, autocast, call_nodes, state_on_cuda, without_data
+from cuda_by_name import DEVICE, autocast, backward, state_on_cuda, without_data
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.stream.stream import Batch
@@ -177,10 +177,9 @@ def run(
         with autocast(half):
             yield
 
-    def backward(loss: Tensor) -> None:
+    def counted_backward(loss: Tensor) -> None:
         counting.part = BACKWARD
-        with torch.no_grad():
-            call_nodes(loss)
+        backward(loss)
         counting.part = CLIPPING
 
     @contextlib.contextmanager
@@ -191,7 +190,7 @@ def run(
 
     timer = SimpleNamespace(span=optimizer)
     watched = replace(recipe, normalizer=normalizer, autocast=forward, optimizer_timer=timer)
-    with patch.object(Tensor, "backward", backward), counting:
+    with patch.object(Tensor, "backward", counted_backward), counting:
         train_step(state, batches, lr=1e-3, recipe=watched)
     return counting
 

@@ -6,13 +6,14 @@ Within `without_data` they are made and used; nothing is computed.
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _foreach_utils
 
 from wds_convnext.config import TrainConfig
@@ -67,18 +68,49 @@ def state_on_cuda(config: TrainConfig, plain: nn.Module, *, amp: str) -> TrainSt
     return TrainState(model, build_optimizer(model, config), scaler, average, StepSums(DEVICE))
 
 
-def call_nodes(loss: Tensor) -> None:
-    """Add the gradients of a 0-d loss to `grad` of the leaves, as autograd's engine does."""
-    waiting_for = _count_edges(loss.grad_fn)
-    gradients: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
-    ready = [loss.grad_fn]
+def backward(loss: Tensor) -> None:
+    """What `loss.backward()` does, which would ask the device: a 0-d loss, real tensors or not."""
+    with torch.no_grad():
+        for node, [gradient] in call_nodes([loss], [torch.ones_like(loss)]).items():
+            leaf = node.variable
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+
+
+def grad(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor], **_: Any
+) -> tuple[Tensor | None, ...]:
+    """What `torch.autograd.grad` gives."""
+    edges = [get_gradient_edge(tensor) for tensor in inputs]
+    found = call_nodes(outputs, grad_outputs, until={edge.node for edge in edges})
+    return tuple(found[edge.node][edge.output_nr] if edge.node in found else None for edge in edges)
+
+
+def call_nodes(
+    outputs: Sequence[Tensor], given: Sequence[Tensor | None], *, until: Collection = ()
+) -> dict[Any, list[Tensor | None]]:
+    """Call the nodes of a graph one by one, in the order of autograd's engine.
+
+    Args:
+        given: the gradients of the outputs.
+        until: nodes that are not called.
+    Returns:
+        What these nodes would have been called with, and the graph's leaves.
+    """
+    gradients: dict[Any, list[Tensor | None]] = {}
+    for tensor, gradient in zip(outputs, given, strict=True):
+        edge = get_gradient_edge(tensor)
+        _inputs_of(edge.node, gradients)[edge.output_nr] = gradient
+    roots = list(gradients)
+    waiting_for = _count_edges(roots)
+    ready = [node for node in roots if not waiting_for[node]]
+    found = {}
     while ready:
         node = ready.pop()
         # None where no gradient came, as what the node made is not used.
         inputs = gradients.pop(node, None)
-        if inputs is not None and hasattr(node, "variable"):  # a leaf
-            leaf, [gradient] = node.variable, inputs
-            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+        if node in until or hasattr(node, "variable"):  # a leaf
+            if inputs is not None:
+                found[node] = inputs
             continue
         results: Any = (None,) * len(node.next_functions) if inputs is None else node(*inputs)
         results = results if isinstance(results, tuple) else (results,)
@@ -86,25 +118,30 @@ def call_nodes(loss: Tensor) -> None:
             if following is None:
                 continue
             if gradient is not None:
-                sums = gradients.setdefault(following, [None] * len(following._input_metadata))
                 expected = following._input_metadata[number]
                 if gradient.shape != expected.shape:  # it was broadcast in the forward pass
                     gradient = gradient.sum_to_size(expected.shape)
                 gradient = gradient.to(expected.dtype)
+                sums = _inputs_of(following, gradients)
                 before = sums[number]
                 sums[number] = gradient if before is None else before + gradient
             waiting_for[following] -= 1
             if not waiting_for[following]:
                 ready.append(following)
+    return found
 
 
-def _count_edges(root: Any) -> Counter:
+def _inputs_of(node: Any, gradients: dict[Any, list[Tensor | None]]) -> list[Tensor | None]:
+    return gradients.setdefault(node, [None] * len(node._input_metadata))
+
+
+def _count_edges(roots: list) -> Counter:
     """How many edges lead to each node of a graph."""
-    nodes, counts = [root], Counter()
+    nodes, counts = list(roots), Counter()
     for node in nodes:  # grows meanwhile
         for following, _ in node.next_functions:
             if following is not None:
-                if following not in counts:
+                if following not in counts and following not in roots:
                     nodes.append(following)
                 counts[following] += 1
     return counts
