@@ -1,6 +1,6 @@
 """Kill a training run at many random moments, resume it each time, and compare bit for bit.
 
-A run of the tiny test model is killed with SIGKILL (its whole process group) or stopped with
+A run of the tiny test model is killed with SIGKILL (all its processes) or stopped with
 SIGTERM, SIGINT, SIGHUP or SIGUSR1 at random moments, also while it starts, while it saves and while
 a validation is under way, and resumed with another number of workers each time. Some of the runs
 write to `tee`, which the signal ends as well; in others a loader worker is killed before, which the
@@ -9,6 +9,7 @@ average and sums must equal those of a run that nobody touched. Prints one line 
 summary; exit code 1 if a byte differs.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -61,20 +62,33 @@ def is_validating(out: Path) -> bool:
     return bool(lines) and "train/epoch_loss" in lines[-1]
 
 
-def descendants(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    children = list(map(int, found.stdout.split()))
-    return children + [far for child in children for far in descendants(child)]
+    return list(map(int, found.stdout.split()))
+
+
+def descendants(pid: int) -> list[int]:
+    return [each for child in children(pid) for each in (child, *descendants(child))]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended meanwhile
+        return b""
 
 
 def kill_a_worker(process: subprocess.Popen, rng: random.Random) -> bool:
-    """Kill one of the processes without children of their own below a trainer, if there is one."""
-    trainers = [pid for pid in (process.pid, *descendants(process.pid)) if descendants(pid)]
-    workers = [pid for pid in descendants(process.pid) if pid not in trainers]
-    if len(trainers) == 1 and workers:
+    """Kill a loader worker, if there is one: a fork of a trainer, so with its command line."""
+    workers = [
+        child
+        for pid in (process.pid, *descendants(process.pid))
+        for child in children(pid)
+        if b"wds_convnext" in command_line(pid) == command_line(child)
+    ]
+    if workers:
         os.kill(rng.choice(workers), signal.SIGKILL)
-        return True
-    return False
+    return bool(workers)
 
 
 def strike(
@@ -91,7 +105,12 @@ def strike(
         if not hit and time.monotonic() > worker_at and kill_a_worker(process, rng):
             hit.append("a loader worker")
     if process.poll() is None:
+        # torchrun puts each rank into a group of its own; killed itself, it cannot end them.
+        ranks = descendants(process.pid) if signum == signal.SIGKILL else []
         os.killpg(process.pid, signum)
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
         hit.append(signum.name)
     return hit
 
