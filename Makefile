@@ -14,7 +14,11 @@ SHARDS_OPTIONS ?=
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 PYTEST_OPTIONS ?=
 
-.PHONY: help install demo test test-quick torture lint data shards clean
+# What a machine with torch, torchvision, timm and click alone lacks for a training.
+CARRIED := timm simplejpeg braceexpand xxhash tqdm tensorboard absl-py protobuf
+CARRIED_PYTHON ?= 3.12
+
+.PHONY: help install demo test test-quick torture lint data shards carried clean
 
 help:
 	@echo "make demo        convert, train and evaluate on a small real data set, offline"
@@ -22,6 +26,7 @@ help:
 	@echo "make data        download timm/mini-imagenet (7 GB)"
 	@echo "make shards      images in SRC=$(SRC) to tar shards in OUT=$(OUT)"
 	@echo "make torture     kill and resume a run dozens of times, compare bit for bit"
+	@echo "make carried     packages for tools/bench/bench_step.py on a GPU without a network"
 	@echo "make lint        checks of lint, format and types"
 	@echo "make clean       delete the demo's folder"
 
@@ -56,6 +61,10 @@ test: $(INSTALLED)
 
 test-quick: $(INSTALLED)
 	@$(PYTEST) -m "not slow"
+
+carried: $(INSTALLED)
+	@$(BIN)/uv pip install --quiet --no-deps --only-binary :all: --python-version $(CARRIED_PYTHON) \
+	  --target carried $(CARRIED)
 
 torture: $(INSTALLED)
 	@$(BIN)/python tools/make_sample.py demo/digits

@@ -1,11 +1,13 @@
 """Training steps side by side in one process: time, launches, host syncs, images/s, MFU.
 
-    python tools/bench/bench_step.py --json steps.json    # one GPU, under 10 minutes
+    python tools/bench/bench_step.py --json steps.json    # one GPU, about 10 minutes
     python tools/bench/bench_step.py --shards data/train.json    # and ours fed by the loader
 
-The package need not be installed; torch, torchvision, timm, click, tqdm, simplejpeg, braceexpand
-and xxhash have to be there. A machine without a network gets what it lacks in a folder:
-`pip install --no-deps --target carried timm simplejpeg braceexpand xxhash`, PYTHONPATH=carried.
+The package need not be installed. A bare machine (Python 3.12 with torch, torchvision, timm and
+click, no network) gets what it lacks in a folder of 24 MB, which `make carried` fills:
+
+    PYTHONPATH=carried python tools/bench/bench_step.py --json steps.json
+    PYTHONPATH=carried python tools/bench/train_on_gpu.py carried/train-000.tar
 
 Contenders (`bench_step_contenders`), each with its own model, on the same synthetic batches in
 host memory:
@@ -17,7 +19,8 @@ host memory:
 - timm, AdamW: the same with PyTorch's fused AdamW, the lower bound of any optimizer;
 - ours: `train_step` on `prefetch_to_device`'s batches, channels_last as our loader makes them;
 - ours, cudnn.benchmark, with which timm and the article train, and we do not;
-- ours, AdamP by operations: without the kernels of `adamp_triton`.
+- ours, AdamP by operations: without the kernels of `adamp_triton`;
+- compiled, ours with Inductor's `combo_kernels`; on a GPU, ours with `--cuda-graphs`.
 
 Rounds go through all contenders in turn, so that a drift of the machine's speed hits all of them.
 A step's time is a round's time over its steps, the device waited for at both ends. `rest` is the
@@ -42,6 +45,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -74,7 +78,13 @@ def contenders_of(setting: Setting, shards: str | None, workers: int) -> dict[st
         return lambda timer: timm_step(setting, timer, **options)
 
     fused = {"fused": True} if setting.device.type == "cuda" else {}
-    all_of_them = [
+    all_of_them = []  # the first to be started last: what is on trial gives way
+    if setting.machine.compiled and setting.device.type == "cuda":
+        graphed = replace(setting, machine=replace(setting.machine, cuda_graphs=True))
+        all_of_them.append(Contender("ours, CUDA graphs", lambda timer: our_step(graphed, timer)))
+    if setting.machine.compiled:
+        all_of_them.append(Contender("ours, combo_kernels", ours(combo_kernels=True)))
+    all_of_them += [
         Contender("article", lambda timer: article_step(setting, timer), cudnn_benchmark=True),
         Contender("timm, AdamP", timms(opt="adamp"), cudnn_benchmark=True),
         Contender("timm, AdamW", timms(opt="adamw", **fused), cudnn_benchmark=True),

@@ -31,6 +31,7 @@ from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
 from wds_convnext.training import adamp
+from wds_convnext.training.compiler import compile_model
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.feed import prefetch_to_device
 from wds_convnext.training.monitor import DeviceTimer
@@ -152,8 +153,9 @@ def our_step(
     timer: DeviceTimer,
     *,
     batches: Iterator[Batch] | None = None,
+    **compiler_options: bool,
 ) -> Callable[[], None]:
-    """`train_step` as `wds-convnext train` calls it."""
+    """`train_step` as `wds-convnext train` calls it, if no options of Inductor are given."""
     config = TrainConfig(
         model=setting.model, image_size=setting.image_size, batch_size=setting.batch_size
     )
@@ -166,6 +168,8 @@ def our_step(
         preprocessing=Preprocessing(config.image_size),
     )
     recipe = replace(recipe, optimizer_timer=timer)
+    if compiler_options:
+        recipe = replace(recipe, forward=compile_model(state.model, **compiler_options))
     batches = batches or itertools.cycle(setting.host_batches(torch.channels_last))
     on_device = prefetch_to_device(batches, setting.device)
 
