@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 from PIL import Image
-from preloaded import run_preloaded
+from preloaded import run_preloaded, run_ranks
 
 # The same cases every time, and no deadline: machines that run tests are shared and slow.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
@@ -197,18 +197,34 @@ def train_command(shards: Path, out: Path, *args, **options) -> list[str]:
 
 
 def run(command: list[str], *, cwd=None, check=True, **env) -> subprocess.CompletedProcess:
-    """Run a command to its end, on one thread, and give its output."""
+    """Run a command to its end, on one thread, and give its output.
+
+    Trainings, evaluations and programs (`python -c`) start with torch imported already.
+    """
     options = {
         "cwd": cwd,
         "timeout": HANG_S,
         "env": dict(os.environ) | {"OMP_NUM_THREADS": "1"} | env,
     }
-    if command[1:3] == ["-m", "wds_convnext"] and command[3] in ("train", "eval") and not env:
-        result = run_preloaded(command[3:], **options)
+    arguments = own_arguments(command)
+    if arguments[0] in ("train", "eval", "-c") and not env:
+        result = run_preloaded(arguments, **options)
     else:
         result = subprocess.run(command, capture_output=True, text=True, **options)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
+
+
+def own_arguments(command: list[str]) -> list[str]:
+    """What follows `python -m wds_convnext` or `python`."""
+    return command[3:] if command[1:3] == ["-m", "wds_convnext"] else command[1:]
+
+
+def on_ranks(*commands: list[str], check=True, folders=(None, None)) -> list:
+    """As `run`, a command for each of two ranks; gives the output of each."""
+    results = run_ranks(*map(own_arguments, commands), folders=folders, timeout=HANG_S)
+    assert not check or not any(result.returncode for result in results), results
+    return results
 
 
 def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen) -> None:

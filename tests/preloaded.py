@@ -6,10 +6,12 @@ runs in its children is what runs in a process of its own.
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -23,7 +25,7 @@ def run_preloaded(
 ) -> subprocess.CompletedProcess:
     """Call the command line with these arguments, as `subprocess.run` would in a new process.
 
-    Arguments ["-c", code] run a program instead, as they do for Python.
+    Arguments ["-c", code, …] run a program instead, as they do for Python.
     """
     with _starting:
         before = dict(os.environ)
@@ -46,20 +48,39 @@ def run_preloaded(
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
+def run_ranks(
+    *commands: list[str], folders: tuple[Path | None, ...] = (None, None), timeout: float
+) -> list[subprocess.CompletedProcess]:
+    """Ranks of this machine, which exchange by gloo: the arguments and the folder of each."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    size = str(len(commands))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+
+    def run_rank(rank: int) -> subprocess.CompletedProcess:
+        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return run_preloaded(commands[rank], cwd=folders[rank], env=env, timeout=timeout)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(run_rank, range(len(commands))))
+
+
 def _call(arguments: list[str], cwd, env: dict[str, str], printed: list[Path]) -> None:
     from wds_convnext.cli import main
 
     for number, path in enumerate(printed, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = ["wds-convnext", *arguments]
     os.environ.clear()
     os.environ.update(env)
     if cwd is not None:
         os.chdir(cwd)
     if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
         multiprocessing.set_start_method(
             "fork", force=True
         )  # a forkserver's child inherits its own
         exec(compile(arguments[1], "<program>", "exec"), {"__name__": "__main__"})
     else:
+        sys.argv = ["wds-convnext", *arguments]
         main(arguments)

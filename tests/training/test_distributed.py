@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import HANG_S, run, train_command
+from conftest import HANG_S, on_ranks, run, train_command
 from test_resume import assert_same, comparable, start, wait_for_a_newer_step
 
 from wds_convnext.training.checkpoint import load_checkpoint
@@ -21,7 +21,7 @@ PLAIN = {"--mixup": 0, "--cutmix": 0, "--drop-path-rate": 0, "--label-smoothing"
 
 
 def two_ranks(command: list[str]) -> list[str]:
-    """The same command on two gloo ranks."""
+    """The same command on two gloo ranks, which torchrun starts, stops and watches."""
     return [*TORCHRUN, *command[1:]]
 
 
@@ -49,11 +49,10 @@ def test_two_ranks_train_on_the_same_global_batches_as_one(shards, tmp_path):
     options = PLAIN | {"--ema-decay": 0.9}
     run(train_command(shards, tmp_path / "one", **options))
     command = train_command(shards, tmp_path / "two", "--compile", **options | {"--batch-size": 4})
-    (tmp_path / "rank.py").write_text(COMPILED_QUICKLY)
-    result = run([*TORCHRUN, str(tmp_path / "rank.py"), *command[3:]])
+    ranks = on_ranks(*[[sys.executable, "-c", COMPILED_QUICKLY, *command[3:]]] * 2)
 
-    assert result.stderr.count("graphs: 2") == 2
-    assert "the compiler cut the model" not in result.stdout  # DDP's own code is cut
+    assert all("graphs: 2" in rank.stderr for rank in ranks)
+    assert not any("the compiler cut the model" in rank.stdout for rank in ranks)  # only DDP's code
     one, two = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for key, value in one["model"].items():
         torch.testing.assert_close(two["model"][key], value, rtol=1e-3, atol=1e-5)
@@ -70,8 +69,10 @@ def test_evaluation_on_two_ranks_equals_one_process(shards, tmp_path):
     evaluation = [str(part) for part in evaluation]
 
     one = json.loads(run(evaluation).stdout)
-    two = json.loads(run(two_ranks(evaluation)).stdout)
+    first, second = on_ranks(evaluation, evaluation)
+    two = json.loads(first.stdout)
 
+    assert second.stdout == ""
     assert two["num_samples"] == one["num_samples"] == 13
     assert two["top1"] == one["top1"] and two["top5"] == one["top5"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
@@ -80,15 +81,16 @@ def test_evaluation_on_two_ranks_equals_one_process(shards, tmp_path):
 @pytest.mark.slow
 def test_a_signal_stops_both_ranks_at_one_step_and_the_resume_is_exact(shards, tmp_path):
     """SIGTERM to torchrun, which forwards it: last.pt, status.json; then as if never stopped."""
-    straight = two_ranks(train_command(shards, tmp_path / "a", **{"--batch-size": 4}))
-    broken = two_ranks(train_command(shards, tmp_path / "b", **{"--batch-size": 4}))
-    run(straight)
-    process = start(broken)
+    straight, broken = (
+        train_command(shards, tmp_path / name, **{"--batch-size": 4}) for name in ("a", "b")
+    )
+    on_ranks(straight, straight)
+    process = start(two_ranks(broken))
     wait_for_a_newer_step(tmp_path / "b", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=HANG_S)
     status = json.loads((tmp_path / "b" / "status.json").read_text())
-    run([*broken, "--resume"])
+    on_ranks(*[[*broken, "--resume"]] * 2)
 
     assert process.returncode != 0
     assert status["status"] == "stopped" and "SIGTERM" in status["reason"], output
@@ -118,7 +120,7 @@ def test_a_rank_that_dies_ends_the_others_quickly(shards, tmp_path):
 def test_torchrun_restarts_from_the_last_checkpoint(shards, tmp_path):
     """kill -9 of one rank under --max-restarts: the run goes on, and ends as if never killed."""
     options = {"--batch-size": 4, "--epochs": 8}
-    run(two_ranks(train_command(shards, tmp_path / "a", **options)))
+    on_ranks(*[train_command(shards, tmp_path / "a", **options)] * 2)
     command = two_ranks(train_command(shards, tmp_path / "b", "--resume", **options))
     command[3:3] = ["--max-restarts", "1"]
     # Without it the restarted ranks find the addresses of the dead ones (pytorch issue 135712).
@@ -144,26 +146,14 @@ def test_a_resume_on_other_ranks_goes_on_with_the_same_global_batches(shards, tm
     run(train_command(shards, tmp_path / "one", **PLAIN))
     run(train_command(shards, tmp_path / "both", "--max-steps", 7, **PLAIN))
     command = train_command(shards, tmp_path / "both", "--resume", **PLAIN)
-    result = run(two_ranks(command))
+    first, _ = on_ranks(command, command)
 
-    assert "Resumed at step 7." in result.stdout
-    assert "world_size 2, the checkpoint had 1" in result.stderr
+    assert "Resumed at step 7." in first.stdout
+    assert "world_size 2, the checkpoint had 1" in first.stderr
     one, both = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "both"))
     assert both["facts"]["batch_size"] == 4 and both["step"] == one["step"]
     for key, value in one["model"].items():
         torch.testing.assert_close(both["model"][key], value, rtol=1e-3, atol=1e-5)
-
-
-# Rank 1 is given other arguments, or runs in another folder, as on a machine of its own.
-AS_RANK_1 = """
-import os, sys
-from wds_convnext.cli import main
-arguments, others, folder = (eval(text) for text in sys.argv[1:])
-if os.environ["RANK"] == "1":
-    os.chdir(folder)
-    arguments += others
-main(arguments)
-"""
 
 
 @pytest.mark.slow
@@ -182,20 +172,22 @@ main(arguments)
 def test_ranks_that_are_about_to_do_something_else_end_at_once(
     shards, tmp_path, others, is_shared, said
 ):
-    """Before the first step, in one line that names the rank and what it has."""
+    """Before the first step, in one line that names the rank and what it has.
+
+    Rank 1 is given other arguments, or runs in another folder, as on a machine of its own.
+    """
     out = tmp_path / "run" if is_shared else "run"
     command = train_command(shards, out, **PLAIN | {"--batch-size": 4, "--max-steps": 1})
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "rank.py").write_text(AS_RANK_1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     if not is_shared:
-        run(two_ranks(command), cwd=tmp_path)
+        on_ranks(command, command, folders=(tmp_path, tmp_path))
         command.append("--resume")
-    others = [text.format(shards=shards) for text in others]
-    folder = tmp_path if is_shared else tmp_path / "elsewhere"
+    of_rank_1 = [*command, *(text.format(shards=shards) for text in others)]
+    folders = (tmp_path, tmp_path if is_shared else elsewhere)
 
-    arguments = [repr(command[3:]), repr(others), repr(str(folder))]
-    result = run([*TORCHRUN, str(tmp_path / "rank.py"), *arguments], cwd=tmp_path, check=False)
+    ranks = on_ranks(command, of_rank_1, folders=folders, check=False)
 
-    assert result.returncode != 0
-    assert said in result.stderr
-    assert 'rank.py", line' not in result.stderr  # the only traceback is torchrun's own
+    assert all(rank.returncode for rank in ranks)
+    assert any(said in rank.stderr for rank in ranks)
+    assert not any("Traceback" in rank.stderr for rank in ranks)

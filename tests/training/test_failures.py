@@ -178,7 +178,7 @@ from wds_convnext.cli import main
 with open("/proc/self/statm") as file:
     now = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 500_000_000, -1))
-main(sys.argv[3:])
+main(sys.argv[1:])
 """
 
 

@@ -1,15 +1,11 @@
 """A run from a store equals the run from local files, bit for bit."""
 
 import json
-import os
-import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import HANG_S, TINY_RUN, command, run
-from preloaded import run_preloaded
+from conftest import TINY_RUN, command, on_ranks, run
 from stores import FAULTS, serving, write_store
 from test_resume import assert_same
 
@@ -95,23 +91,6 @@ def test_a_hostile_store_changes_nothing(shards, local, tmp_path):
     assert f'shards = "{store.url}/train.json"' in config
 
 
-def run_on_two_ranks(arguments):
-    """A command on two gloo ranks of this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-
-    def run_rank(rank):
-        env = {**os.environ, **shared, **sizes, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return run_preloaded(arguments, cwd=None, env=env, timeout=HANG_S)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run_rank, range(2)))
-    assert not any(result.returncode for result in results), results
-    return results
-
-
 def test_two_ranks_share_one_cache(shards, tmp_path):
     """Each shard is fetched once for both ranks; the weights are those of local shards.
 
@@ -120,9 +99,8 @@ def test_two_ranks_share_one_cache(shards, tmp_path):
     options = OPTIONS | {"--batch-size": "4", "--max-steps": "12", "--workers": "1"}
 
     def train(spec, name, *more):
-        arguments = ["train", "--shards", spec, "--out", tmp_path / name, *more]
-        arguments += [part for pair in options.items() for part in pair]
-        run_on_two_ranks(list(map(str, arguments)))
+        place = ["--shards", spec, "--out", tmp_path / name, *more]
+        on_ranks(*[command("train", *place, **options)] * 2)
         return weights(tmp_path / name)
 
     with serving(shards, ranged=False) as store:
