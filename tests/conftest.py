@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 from PIL import Image
-from preloaded import run_preloaded, run_ranks
+from preloaded import Started, run_preloaded, run_ranks
 
 # The same cases every time, and no deadline: machines that run tests are shared and slow.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
@@ -227,7 +227,7 @@ def on_ranks(*commands: list[str], check=True, folders=(None, None)) -> list:
     return results
 
 
-def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen | Started) -> None:
     """Wait for a state that a process brings about, for as long as the process lives."""
     while True:
         has_ended = process.poll() is not None  # asked first: what it did last counts

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
@@ -20,32 +21,65 @@ _context = multiprocessing.get_context("forkserver")
 _starting = threading.Lock()  # ranks of a run are started by a thread each
 
 
-def run_preloaded(
-    arguments: list[str], *, cwd, env: dict[str, str], timeout: float
-) -> subprocess.CompletedProcess:
-    """Call the command line with these arguments, as `subprocess.run` would in a new process.
+class Started:
+    """A process as `subprocess.Popen` would give it, whose output goes to files.
 
-    Arguments ["-c", code, …] run a program instead, as they do for Python.
+    Args:
+        arguments: of the command line; ["-c", code, …] run a program, as they do for Python.
+        new_session: whether it leads a process group, and stderr goes where stdout does.
     """
-    with _starting:
-        before = dict(os.environ)
-        os.environ.update(env)  # OMP_NUM_THREADS counts when torch is imported
-        try:
-            _context.set_forkserver_preload(MODULES)
-            forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-    with tempfile.TemporaryDirectory() as folder:
-        printed = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _context.Process(target=_call, args=(arguments, cwd, env, printed))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        texts = [path.read_text() for path in printed]
-    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+
+    def __init__(
+        self, arguments: list[str], *, cwd=None, env: Mapping[str, str], new_session: bool
+    ):
+        with _starting:
+            before = dict(os.environ)
+            os.environ.update(env)  # OMP_NUM_THREADS counts when torch is imported
+            try:
+                _context.set_forkserver_preload(MODULES)
+                forkserver.ensure_running()
+            finally:
+                os.environ.clear()
+                os.environ.update(before)
+        self.arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        names = ("stdout", "stdout") if new_session else ("stdout", "stderr")
+        self._printed = [Path(self._folder.name, name) for name in names]
+        self._process = _context.Process(
+            target=_call, args=(arguments, cwd, dict(env), self._printed, new_session)
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired(self.arguments, timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 0) -> tuple[str, str]:
+        """Wait for the end; gives what was printed."""
+        self.wait(timeout)
+        output, errors = (path.read_text() for path in self._printed)
+        return output, errors
+
+
+def run_preloaded(
+    arguments: list[str], *, cwd, env: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess:
+    """Call the command line with these arguments, as `subprocess.run` would in a new process."""
+    process = Started(arguments, cwd=cwd, env=env, new_session=False)
+    texts = process.communicate(timeout)
+    return subprocess.CompletedProcess(arguments, process.returncode or 0, *texts)
 
 
 def run_ranks(
@@ -66,11 +100,15 @@ def run_ranks(
         return list(pool.map(run_rank, range(len(commands))))
 
 
-def _call(arguments: list[str], cwd, env: dict[str, str], printed: list[Path]) -> None:
+def _call(
+    arguments: list[str], cwd, env: dict[str, str], printed: list[Path], new_session: bool
+) -> None:
     from wds_convnext.cli import main
 
+    if new_session:
+        os.setsid()
     for number, path in enumerate(printed, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
     if cwd is not None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG_S, run, train_command, wait_until
+from conftest import HANG_S, own_arguments, run, train_command, wait_until
+from preloaded import Started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wds_convnext.training.checkpoint import load_checkpoint
@@ -85,8 +86,11 @@ def uninterrupted(shards, tmp_path_factory):
     return comparable(out)
 
 
-def start(command: list[str], **env) -> subprocess.Popen:
-    """Start a run in a process group of its own."""
+def start(command: list[str], **env) -> subprocess.Popen | Started:
+    """Start a run in a process group of its own, with torch imported already if it is ours."""
+    if command[1:3] == ["-m", "wds_convnext"]:
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+        return Started(own_arguments(command), env=env, new_session=True)
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -102,7 +106,7 @@ def newest_step(out: Path) -> str:
     return max((path.name for path in out.glob("step-*.pt")), default="")
 
 
-def wait_for_a_newer_step(out: Path, process: subprocess.Popen) -> None:
+def wait_for_a_newer_step(out: Path, process: subprocess.Popen | Started) -> None:
     """Any newer one: a fast run may delete a checkpoint before it is seen."""
     before = newest_step(out)
     wait_until(lambda: newest_step(out) > before, process)
@@ -206,7 +210,7 @@ def test_a_resume_with_another_stream_is_refused_and_changes_nothing(shards, tmp
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def catches(process: subprocess.Popen, signum: int) -> bool:
+def catches(process: subprocess.Popen | Started, signum: int) -> bool:
     """Whether a process has a handler for a signal; see `man proc_pid_status`."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
