@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import settings
 from PIL import Image
-from preloaded import Started, run_preloaded, run_ranks
+from preloaded import Started, run_preloaded, start_ranks
 
 # The same cases every time, and no deadline: machines that run tests are shared and slow.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
@@ -222,7 +222,13 @@ def own_arguments(command: list[str]) -> list[str]:
 
 def on_ranks(*commands: list[str], check=True, folders=(None, None)) -> list:
     """As `run`, a command for each of two ranks; gives the output of each."""
-    results = run_ranks(*map(own_arguments, commands), folders=folders, timeout=HANG_S)
+    ranks = start_ranks(*map(own_arguments, commands), folders=folders)
+    for rank in ranks:
+        rank.wait(HANG_S)
+    results = [
+        subprocess.CompletedProcess(rank.arguments, rank.returncode, *rank.communicate())
+        for rank in ranks
+    ]
     assert not check or not any(result.returncode for result in results), results
     return results
 

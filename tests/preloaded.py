@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -82,22 +81,22 @@ def run_preloaded(
     return subprocess.CompletedProcess(arguments, process.returncode or 0, *texts)
 
 
-def run_ranks(
-    *commands: list[str], folders: tuple[Path | None, ...] = (None, None), timeout: float
-) -> list[subprocess.CompletedProcess]:
+def start_ranks(*commands: list[str], folders=(None, None)) -> list[Started]:
     """Ranks of this machine, which exchange by gloo: the arguments and the folder of each."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     size = str(len(commands))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-
-    def run_rank(rank: int) -> subprocess.CompletedProcess:
-        env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return run_preloaded(commands[rank], cwd=folders[rank], env=env, timeout=timeout)
-
-    with ThreadPoolExecutor(len(commands)) as pool:
-        return list(pool.map(run_rank, range(len(commands))))
+    return [
+        Started(
+            arguments,
+            cwd=folder,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            new_session=False,
+        )
+        for rank, (arguments, folder) in enumerate(zip(commands, folders, strict=True))
+    ]
 
 
 def _call(

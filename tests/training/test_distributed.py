@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import HANG_S, on_ranks, run, train_command
+from preloaded import start_ranks
 from test_resume import assert_same, comparable, start, wait_for_a_newer_step
 
 from wds_convnext.training.checkpoint import load_checkpoint
@@ -79,40 +80,40 @@ def test_evaluation_on_two_ranks_equals_one_process(shards, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_both_ranks_at_one_step_and_the_resume_is_exact(shards, tmp_path):
-    """SIGTERM to torchrun, which forwards it: last.pt, status.json; then as if never stopped."""
+def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resume_is_exact(shards, tmp_path):
+    """SIGTERM: last.pt, status.json; then as if never stopped."""
     straight, broken = (
         train_command(shards, tmp_path / name, **{"--batch-size": 4}) for name in ("a", "b")
     )
     on_ranks(straight, straight)
-    process = start(two_ranks(broken))
-    wait_for_a_newer_step(tmp_path / "b", process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=HANG_S)
+    ranks = start_ranks(broken[3:], broken[3:])
+    wait_for_a_newer_step(tmp_path / "b", ranks[0])
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    outputs = [rank.communicate(HANG_S) for rank in ranks]
     status = json.loads((tmp_path / "b" / "status.json").read_text())
     on_ranks(*[[*broken, "--resume"]] * 2)
 
-    assert process.returncode != 0
-    assert status["status"] == "stopped" and "SIGTERM" in status["reason"], output
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    assert status["status"] == "stopped"
+    assert status["reason"] == "a signal to another process"  # rank 0 writes it
     assert_same(comparable(tmp_path / "b"), comparable(tmp_path / "a"))
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_quickly(shards, tmp_path):
-    """kill -9 of one rank: torchrun ends the run, and the last checkpoint is whole.
+    """kill -9 of one rank: the other says so, and the last checkpoint is whole.
 
     Quickly: before the timeout of a collective.
     """
     out = tmp_path / "run"
     command = train_command(shards, out, **{"--batch-size": 4, "--epochs": 300})
-    process = start(two_ranks(command))
-    wait_for_a_newer_step(out, process)
-    os.kill(int(children_of(process)[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=HANG_S)
+    ranks = start_ranks(command[3:], command[3:])
+    wait_for_a_newer_step(out, ranks[0])
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    _, errors = ranks[0].communicate(HANG_S)
 
-    assert process.returncode != 0
-    # The other rank says so, unless torchrun, which names the signal, ends it before it can.
-    assert "rank 0: another process of the run is gone" in output or "SIGKILL" in output
+    assert ranks[0].returncode not in (0, None)
+    assert "rank 0: another process of the run is gone" in errors
     assert load_checkpoint(out / "last.pt")["step"] >= 5
 
 

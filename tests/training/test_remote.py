@@ -1,6 +1,7 @@
 """A run from a store equals the run from local files, bit for bit."""
 
 import json
+import os
 import threading
 import time
 

@@ -704,7 +704,8 @@ def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
 def test_the_real_compiler_agrees_with_eager_also_on_dropped_paths():
     """inductor, stochastic depth on, LayerScale at 1 so that blocks count: with the same seed the
     same paths are dropped and the loss is the same; with another seed it is not."""
-    state, recipe = make_step(**NO_MIXING | {"drop_path_rate": 0.5})
+    few_blocks = {"model_arg": ("depths=(1,1,1,1)",)}  # fewer kernels for the C++ compiler
+    state, recipe = make_step(**NO_MIXING | {"drop_path_rate": 0.5} | few_blocks)
     for name, parameter in state.model.named_parameters():
         if name.endswith("gamma"):
             parameter.data.fill_(1.0)
