@@ -32,7 +32,7 @@ def write_store(folder: Path, *, train: int, validation: int) -> Path:
 
 
 class HostileStore(ThreadingHTTPServer):
-    """Serves a folder with ranges, by GET.
+    """Serves a folder with ranges.
 
     Args:
         failing: probability that a GET fails.
@@ -68,7 +68,7 @@ class HostileStore(ThreadingHTTPServer):
         self.asked_whole: Counter[str] = Counter()  # those not asked for by a range with an end
         self.failed: Counter[str] = Counter()  # faults
         self.sent = 0  # bytes of bodies
-        self.num_ranges = 0  # that were asked for, with an end
+        self.num_ranges = self.sent_ranges = 0  # that were asked for, with an end; their bytes
 
     @property
     def url(self) -> str:
@@ -141,11 +141,20 @@ class _Answer(BaseHTTPRequestHandler):
             self.server.wait_for_line(len(piece))
             self.wfile.write(piece)
         self.server.sent += len(data[:length])
+        if ranged and ranged[2]:
+            self.server.sent_ranges += len(data[:length])
         if fault == "stall":
             self.wfile.flush()
             time.sleep(self.server.stall_s)
         self.close_connection = True
         return None
+
+    def do_HEAD(self):
+        path = self.server.folder / self.path.lstrip("/")
+        time.sleep(self.server.latency_s)
+        if not path.is_file():
+            return self._say(404)
+        return self._head(200, {"Content-Length": path.stat().st_size})
 
     def _say(self, status, headers=None):
         self._head(status, {"Content-Length": 0} | (headers or {}))

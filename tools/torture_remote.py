@@ -29,16 +29,13 @@ from wds_convnext.storage.layout import occupied
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from stores import serving  # noqa: E402 (the tests' store)
 
-OPTIONS = RUN | {"--shuffle-buffer": 1, "--epochs": 4, "--remote-timeout": 8, "--ema-decay": 0}
+OPTIONS = RUN | {"--shuffle-buffer": 1, "--remote-timeout": 8, "--ema-decay": 0}
 
 
-def train_command(
-    shards: str, out: Path, *more: object, workers: int, steps: int | None = None
-) -> list[str]:
+def train_command(shards: str, out: Path, *more: object, workers: int) -> list[str]:
     options = [part for pair in (OPTIONS | {"--workers": workers}).items() for part in pair]
-    options += ["--max-steps", steps] if steps else []
-    places = ["--shards", shards, "--out", out, "--resume", *more]
-    return [sys.executable, "-m", "wds_convnext", "train", *map(str, [*places, *options])]
+    places = ["--shards", shards, "--out", out, "--resume"]
+    return [sys.executable, "-m", "wds_convnext", "train", *map(str, [*places, *options, *more])]
 
 
 def size_of(folder: Path) -> int:
@@ -105,7 +102,8 @@ def torment(process: subprocess.Popen, *, longest: float, rng: random.Random) ->
 @click.option("--cache-share", default=0.75, show_default=True, help="Of the shards' bytes.")
 @click.option("--failing", default=0.3, show_default=True, help="Probability that a GET fails.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--steps", type=int, help="Of the run. Default: 4 epochs.")
+@click.option("--epochs", default=4, show_default=True, help="Of the run.")
+@click.option("--steps", type=int, help="Of the run, if it is to end earlier.")
 def main(
     parquet: str,
     kills: int,
@@ -114,6 +112,7 @@ def main(
     cache_share: float,
     failing: float,
     seed: int,
+    epochs: int,
     steps: int | None,
 ) -> None:
     """Torture a run on the shards of a small PARQUET folder, behind a failing store."""
@@ -125,18 +124,17 @@ def main(
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         straight, out = scratch / "straight", scratch / "run"
-        command = train_command(str(data / "train.json"), straight, workers=2, steps=steps)
+        length = ["--epochs", epochs, *(["--max-steps", steps] if steps else [])]
+        command = train_command(str(data / "train.json"), straight, *length, workers=2)
         subprocess.run(command, check=True, env=environment, **quiet)
         size = int(cache_share * sum(occupied(str(path)) for path in data.glob("*.tar")))
         watch = Watch(cache)
         watch.start()
         with serving(data, failing=failing, stall_s=3, retry_after="1", seed=seed) as store:
-            limits = ["--cache-dir", cache, "--cache-size", size]
+            limits = [*length, "--cache-dir", cache, "--cache-size", size]
             url = f"{store.url}/train.json"
             for kill in range(kills):
-                command = train_command(
-                    url, out, *limits, workers=rng.choice([0, 1, 3]), steps=steps
-                )
+                command = train_command(url, out, *limits, workers=rng.choice([0, 1, 3]))
                 with open(scratch / "errors", "w+") as errors:
                     process = subprocess.Popen(
                         command,
@@ -155,7 +153,7 @@ def main(
                     click.echo("\n".join(said))
                 if code == 0:
                     break
-            command = train_command(url, out, *limits, workers=2, steps=steps)
+            command = train_command(url, out, *limits, workers=2)
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
         wrong = [
             path.name

@@ -87,6 +87,24 @@ def test_next_uses_are_those_of_the_plan(plan):
             mine = plan.object == number
             later = plan.first[mine][plan.last[mine] >= now]
             assert found[number] == (max(now, later.min()) if len(later) else NEVER)
+            assert uses.begins[number] == (later.min() if len(later) else NEVER)
+
+
+@given(plans(), st.integers(1, 5))
+def test_what_stays_is_what_is_not_fetched_again(plan, num_slots):
+    """An object that waits for its next use stays exactly if `simulate` finds it there."""
+    sizes, uses = np.full(5, 10), NextUses(plan, 6)
+    uses.settle(sizes, 10 * num_slots)
+    is_possible = plan.peak_bytes(sizes) <= 10 * num_slots
+    is_found = ~simulate(plan, sizes, 10 * num_slots) if is_possible else np.zeros(len(plan.object))
+    for now in range(17):
+        uses.at(now)
+        stays = uses.stays(now)
+
+        for number in range(6):
+            waits = (plan.object == number) & (plan.last >= now)
+            expected = waits.any() and plan.first[waits][0] > now and is_found[waits][0]
+            assert stays[number] == bool(expected)
 
 
 def test_an_lru_cache_fetches_more_of_a_cycle():

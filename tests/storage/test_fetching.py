@@ -19,8 +19,8 @@ from wds_convnext.config.remote import RemoteConfig
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.shards.opening import open_dataset
 from wds_convnext.storage.cache import caching
-from wds_convnext.storage.layout import occupied
-from wds_convnext.storage.schedule import Plan
+from wds_convnext.storage.layout import occupied, rounded
+from wds_convnext.storage.schedule import Plan, simulate
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,27 @@ def test_a_plan_is_followed_ahead_of_the_reader(shards, tmp_path):
         assert max(store.asked[f"train-{number:03d}.tar"] for number in range(20)) == 1
         for clock in clocks:
             clock.close()
+
+
+def test_fetching_ahead_costs_no_byte(shards, tmp_path):
+    """However far ahead of the clock it fetches: no more objects than the best eviction does."""
+    second = np.random.default_rng(3).permutation(20)
+    uses = Plan.of(np.append(np.arange(20), second), np.arange(40), np.arange(40))
+    with serving(shards) as store, caching(options(tmp_path, 262_000)) as cache:
+        dataset = open_dataset(f"{store.url}/train.json")
+        paths = [shard.path for shard in dataset.shards]
+        cache.follow(uses, paths, start=0, num_ranks=1)
+        clock = cache.clock(0)
+        for time_, number in enumerate([*range(20), *second]):
+            wait_for(lambda number=number: os.path.exists(paths[number]))
+            time.sleep(0.03)  # in which it fetches ahead
+            clock.report(time_ + 1)
+        clock.close()
+        wait_for(lambda: cache.counts()[3] >= 20)
+        fetched, room = cache.counts()[3], cache.room
+
+    sizes = np.array([rounded(shard.num_bytes) for shard in dataset.shards])
+    assert 20 < fetched <= simulate(uses, sizes, room).sum()
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,13 @@ def plan_cache(spec: str, config: CacheConfig | None = None, **options: Any) -> 
         ValidationSchedule(order, config.val_every, order.num_steps(config.epochs)),
         EvalOrder(val_data.sizes) if val_data else None,
     )
-    uses = run.uses()
     ahead = batches_ahead(num_workers(config.workers, ranks=local_ranks))
-    live_bytes = uses.peak_bytes(sizes, ahead=ahead)
+    uses = run.uses().begun(ahead)
+    live_bytes = uses.peak_bytes(sizes)
     first = order.global_batch(0).take(slice(local_ranks * config.batch_size))
     first_shards = np.unique(np.searchsorted(np.cumsum(order.sizes), first.number, side="right"))
     epoch_starts = run.time_of(np.array([order.num_steps(epoch) for epoch in range(config.epochs)]))
-    epoch_of_use = np.searchsorted(epoch_starts, uses.first, side="right") - 1
+    epoch_of_use = np.searchsorted(epoch_starts, uses.first + ahead, side="right") - 1
     chosen = [config.cache_size] if config.cache_size is not None else []
     cache_sizes = chosen or sorted({live_bytes, max(live_bytes, sizes.sum() // 2), sizes.sum()})
     cases = tuple(_case(uses, sizes, int(size), epoch_of_use) for size in cache_sizes)

@@ -10,13 +10,11 @@ import fcntl
 import json
 import os
 import signal
-import struct
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from wds_convnext.errors import ShardError, UsageError
 from wds_convnext.files import unwritable, write_atomically
@@ -30,10 +28,8 @@ from wds_convnext.storage.layout import (
     origin_of,
     rounded,
 )
+from wds_convnext.storage.needs import Needs
 from wds_convnext.storage.transfer import Counts, Expected, Store
-
-if TYPE_CHECKING:
-    from wds_convnext.storage.schedule import NextUses
 
 NUM_TRANSFERS = 8  # objects on their way at a time
 _TICK_S = 0.02
@@ -57,8 +53,7 @@ class Fetcher:
         self._stamps: dict[str, tuple] = {}
         self._objects: list[Object] = []
         self._by_token: dict[str, int] = {}
-        self._next_uses: NextUses | None = None
-        self._now, self._at, self._order = -1, list[int](), list[int]()
+        self._needs = Needs(path)
         self._other_bytes = 0
         self._present: dict[int, int] = {}  # object -> bytes that it occupies
         self._strangers: dict[str, int] = {}  # path of a shard that no one may ask for -> bytes
@@ -73,6 +68,11 @@ class Fetcher:
     def run(self, owner: int) -> int:
         """Serve until the process that opened the cache ends; gives the exit code."""
         try:
+            self._tick()
+            # Numpy takes 0.1 s: neither what is read first nor the plan, which comes a moment
+            # later, is to wait for it.
+            import wds_convnext.storage.schedule  # noqa: F401
+
             while os.getppid() == owner:
                 self._tick()
                 if self._busy:
@@ -95,7 +95,8 @@ class Fetcher:
         if self._has_changed("objects.json"):
             self._load_objects()
         if self._has_changed("plan.npy"):
-            self._load_plan()
+            self._needs.load(len(self._objects))
+            self._measure()
         for future in [future for future in self._busy if future.done()]:
             number, _ = self._busy.pop(future)
             future.result()
@@ -106,52 +107,63 @@ class Fetcher:
             self._since[number] = time.monotonic()
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "wanted" / self._objects[number].token).unlink()
-        times = self._times()
-        if self._next_uses is not None and self._has_changed("first.npy"):  # it comes first
+        self._needs.update(len(self._objects))
+        if self._needs.are_known and self._has_changed("first.npy"):  # it comes first
             self._early.load(self._objects)
-            self._shrink(times)
+            self._shrink()
         reserved = self._early.reserved_bytes
-        if self._early.tick(self._now, self._present):  # first, since a batch waits for them
+        if self._early.tick(self._needs.now, self._present):  # first, since a batch waits for them
             self._write_counts()
             return
-        if self._early.reserved_bytes < reserved:
+        if reserved and not self._early.reserved_bytes:
             self._measure()
         busy = {number for number, _ in self._busy.values()}
         missing = [n for n in wanted if n not in busy and n not in self._present]
         for number in missing:
-            self._begin(number, times, before=-1)
-        if self._next_uses is not None and not missing:
+            self._begin(number, before=-1)
+        if self._needs.are_known and not missing:
             # Looking costs 0.1 ms per 1,000 objects: only when something may be begun.
-            looked = self._now, self._num_published, len(self._busy), time.monotonic() // _RETRY_S
+            looked = (
+                self._needs.now,
+                self._num_published,
+                len(self._busy),
+                time.monotonic() // _RETRY_S,
+            )
             if looked != self._looked:
                 self._looked = looked
-                self._fetch_ahead(times, busy)
+                self._fetch_ahead(busy)
         self._write_counts()
 
-    def _fetch_ahead(self, times: list[int], busy: set[int]) -> None:
+    def _fetch_ahead(self, busy: set[int]) -> None:
         """Begin what is needed next, as long as what would go for it is needed later."""
-        for number in self._order:
+        times = self._needs.times
+        for number in self._needs.order:
             if len(self._busy) >= NUM_TRANSFERS or times[number] == sys.maxsize:
                 return
             if number in busy or number in self._present:
                 continue
-            if not self._begin(number, times, before=times[number]):
+            if not self._begin(number, before=times[number]):
                 return
 
-    def _begin(self, number: int, times: list[int], *, before: int) -> bool:
+    def _begin(self, number: int, *, before: int) -> bool:
         """Begin to fetch an object, if what is needed later than `before` makes room for it."""
         if len(self._busy) >= NUM_TRANSFERS:
             return False
         found = self._objects[number]
         needed = rounded(found.num_bytes)
-        now = time.monotonic()
+        if not self._needs.is_settled and self._room() < needed:
+            sizes = [rounded(found.num_bytes) for found in self._objects]
+            self._needs.settle(sizes, self.cache_bytes - self._other_bytes)
+        times, staying, now = self._needs.times, self._needs.staying, time.monotonic()
         going = [
             n
             for n in self._present
-            if times[n] > before and now - self._since.get(n, -_GRACE_S) >= _GRACE_S
+            if times[n] > before
+            and (before < 0 or n not in staying)
+            and now - self._since.get(n, -_GRACE_S) >= _GRACE_S
         ]
         # Of those that are never needed again, the one that was waited for longest ago.
-        going.sort(key=lambda n: (-times[n], self._since.get(n, 0.0)))
+        going.sort(key=lambda n: (n in staying, -times[n], self._since.get(n, 0.0)))
         if not self._make_room(needed, going):
             return False
         self._busy[self._pool.submit(self._fetch, found)] = number, needed
@@ -162,9 +174,7 @@ class Fetcher:
 
         None of them, if all together would not do.
         """
-        taken = [*self._present.values(), *self._strangers.values()]
-        taken += [size for _, size in self._busy.values()]
-        room = self.cache_bytes - self._other_bytes - self._early.reserved_bytes - sum(taken)
+        room = self._room()
         most = room + sum(self._strangers.values()) + sum(self._present[n] for n in going)
         if most < num_bytes:
             return False
@@ -177,6 +187,12 @@ class Fetcher:
                 break
             room += self._evict(victim)
         return room >= num_bytes
+
+    def _room(self) -> int:
+        """Bytes that nothing occupies, or is about to."""
+        taken = [*self._present.values(), *self._strangers.values()]
+        taken += [size for _, size in self._busy.values()]
+        return self.cache_bytes - self._other_bytes - self._early.reserved_bytes - sum(taken)
 
     def _fetch(self, found: Object) -> None:
         """Bring an object, and give it its name when it is what the manifest says."""
@@ -249,7 +265,8 @@ class Fetcher:
         self._measure()
         self._stamps.pop("plan.npy", None)  # it is laid over these objects
         if is_first:
-            self._shrink(self._times())
+            self._needs.update(len(self._objects))
+            self._shrink()
 
     def _measure(self) -> None:
         """Count what is no shard: manifests, indexes, the plan, and what comes and goes."""
@@ -258,35 +275,10 @@ class Fetcher:
         rest = (path for path in paths if not path.endswith((".tar", ".part")))
         self._other_bytes = MARGIN + sum(map(occupied, rest))
 
-    def _shrink(self, times: list[int]) -> None:
+    def _shrink(self) -> None:
         """Evict what is too much: an earlier run with a larger cache left it, or ranges come."""
-        going = sorted(self._present, key=lambda number: -times[number])
+        going = sorted(self._present, key=lambda number: -self._needs.times[number])
         self._make_room(0, going)
-
-    def _load_plan(self) -> None:
-        import numpy as np  # without a plan, none of it is needed
-
-        from wds_convnext.storage.schedule import NextUses, Plan
-
-        object, first, last = np.load(self.path / "plan.npy", allow_pickle=False)
-        self._next_uses = NextUses(Plan(object, first, last), len(self._objects))
-        self._now = -1
-        self._measure()
-
-    def _times(self) -> list[int]:
-        """When each object is needed next; without a plan, never."""
-        if self._next_uses is None:
-            return [sys.maxsize] * len(self._objects)
-        try:
-            clock = (self.path / "clock").read_bytes()
-            now = min(struct.unpack(f"<{len(clock) // 8}q", clock))
-        except (OSError, ValueError, struct.error):
-            now = 0
-        if now > self._now:  # a rank that was started again may be behind what has gone
-            self._now = now
-            times = self._next_uses.at(now)
-            self._at, self._order = times.tolist(), times.argsort(kind="stable").tolist()
-        return self._at
 
     def _wanted(self) -> set[int]:
         with contextlib.suppress(FileNotFoundError):

@@ -5,6 +5,7 @@ of every object are known to the end of the run: fetching ahead is never wrong, 
 is what is needed last (L. Belady 1966; for objects of one size no other choice fetches less).
 """
 
+import contextlib
 import heapq
 from dataclasses import dataclass
 
@@ -41,6 +42,10 @@ class Plan:
         begin = begins.nonzero()[0]
         return cls(object[begin], first[begin], np.maximum.reduceat(ends, begin))
 
+    def begun(self, ahead: int) -> "Plan":
+        """This plan with uses that begin so much earlier, as of readers that are ahead."""
+        return Plan.of(self.object, self.first - ahead, self.last)
+
     def peak_bytes(self, sizes: np.ndarray, *, ahead: int = 0) -> int:
         """The most bytes that are in use at one time, the live set.
 
@@ -50,7 +55,7 @@ class Plan:
         """
         if not len(self.object):
             return 0
-        plan = Plan.of(self.object, self.first - ahead, self.last)
+        plan = self.begun(ahead)
         nbytes = sizes[plan.object]
         # Of one time the ends come first (lexsort is stable): what has gone makes room.
         order = np.lexsort((np.concatenate([plan.last + 1, plan.first]),))
@@ -58,7 +63,7 @@ class Plan:
 
 
 class NextUses:
-    """When each object is needed next, as time goes on.
+    """When each object is needed next, as time goes on, and which stay until then.
 
     Args:
         num_objects: those that the plan does not name are never needed.
@@ -70,6 +75,29 @@ class NextUses:
         self._use, self._end = starts[:-1].copy(), starts[1:]
         self._first = np.append(plan.first, NEVER)
         self._last = np.append(plan.last, NEVER)
+        self._is_fetched = np.ones(len(self._first), bool)
+
+    def settle(self, sizes: np.ndarray, cache_bytes: int) -> None:
+        """Settle which objects stay between their uses: those that `simulate` does not evict.
+
+        Who fetches ahead as far as there is something to evict that is needed later, fetches more
+        often than that in all (P. Cao et al. 1995, "aggressive" and "conservative" prefetching).
+        """
+        with contextlib.suppress(ValueError):  # too small a cache: nothing can be settled
+            self._is_fetched[:-1] = simulate(self.plan, sizes, cache_bytes)
+
+    def stays(self, now: int) -> np.ndarray:
+        """Which objects wait for a use up to which they are to stay, bool, at the time of `at`."""
+        return (self._first[self._use] > now) & ~self._is_fetched[self._use] & self._is_left
+
+    @property
+    def begins(self) -> np.ndarray:
+        """When the use of each object begins that `at` has found, int64, or has begun."""
+        return np.where(self._is_left, self._first[self._use], NEVER)
+
+    @property
+    def _is_left(self) -> np.ndarray:
+        return self._use < self._end
 
     def at(self, now: int) -> np.ndarray:
         """The next time of each object, int64: `now` while it is in use, NEVER after its last.
@@ -77,12 +105,11 @@ class NextUses:
         Times must not go back.
         """
         while True:
-            passed = (self._use < self._end) & (self._last[self._use] < now)
+            passed = self._is_left & (self._last[self._use] < now)
             if not passed.any():
                 break
             self._use[passed] += 1
-        times = np.where(self._use < self._end, self._first[self._use], NEVER)
-        return np.maximum(times, now)
+        return np.maximum(self.begins, now)
 
 
 def simulate(plan: Plan, sizes: np.ndarray, cache_bytes: int, *, lru: bool = False) -> np.ndarray:

@@ -22,6 +22,9 @@ _OF_A_RANK = (
     "cuda_graphs",
     "out",
     "resume",
+    "cache_dir",  # each machine has a disk of its own
+    "cache_size",
+    "remote_timeout",
 )
 _WEIGHTING = "weights (--balance, --mixture, --epoch-samples) of digest"
 # Options that may differ on a resume without changing a bit of the weights. (Of the batch size,

@@ -166,7 +166,7 @@ def follow_run(run: "Run", *, is_fresh: bool) -> tuple[list[str], Pace | None, P
     if not run.state.owes_validation:
         room = cache.room - needed
         early = first_ranges(run, plan, ahead=ahead, max_bytes=room)
-    pace = _follow(cache, uses, shards, start=start, world=world, early=early)
+    pace = _follow(cache, uses, shards, start=start, world=world, ahead=ahead, early=early)
     end = int(plan.time_of(run.schedule.last_step))
     last_pace = Pace(cache, cache.clock(world.local_rank), start=end, first_bytes=0, quiet=True)
     gb = [f"{value / 1e9:.3g} GB" for value in (sizes.sum(), cache.num_bytes, needed)]
@@ -239,12 +239,15 @@ def _follow(
     *,
     start: int,
     world: World,
+    ahead: int = 0,
     early: np.ndarray | None = None,
 ) -> Pace:
+    """Let the cache follow the uses of shards, which readers begin so much ahead of their time."""
     here = np.array([shard.is_remote for shard in shards])[uses.object]
     plan = Plan(uses.object[here], uses.first[here], uses.last[here])
     paths = [shard.path for shard in shards]
-    cache.follow(plan, paths, start=start, num_ranks=world.local_size, first=early)
+    # What a reader may ask for counts as needed, so it is not evicted for what comes later.
+    cache.follow(plan.begun(ahead), paths, start=start, num_ranks=world.local_size, first=early)
     gather_lists([], world)  # the first rank of each node has written the clock
     first = np.unique(plan.object[(plan.first <= start) & (start <= plan.last)]).tolist()
     absent = (shards[n].num_bytes or 0 for n in first if not os.path.exists(shards[n].path))
