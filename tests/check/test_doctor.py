@@ -21,6 +21,7 @@ from wds_convnext.check.machine import (
     MACHINE_RULES,
     checkpoint_bytes,
     disk_space,
+    full_size_images,
     loader_rate,
     precision,
     shard_count,
@@ -321,6 +322,19 @@ def test_a_loader_slower_than_the_step_is_found(tmp_path, side, is_found):
 
     assert finding.is_note != is_found
     assert ("The device waits for data" in finding.why) == is_found
+
+
+def test_hours_count_the_pixels_of_smaller_images(tmp_path):
+    """Half of the run at half the side: 5/8 of the work, whatever the size at the end."""
+    write_split(tmp_path, "train", plain(0))
+    options = {"epochs": 32, "batch_size": 2, "image_size": 32}
+    growing = examine(tmp_path, **options, image_size_schedule="0:16,0.5:32")
+    whole = examine(tmp_path, **options)
+
+    ours, all_of_them = (full_size_images(case.config, case.order) for case in (growing, whole))
+
+    assert all_of_them == 32 * whole.order.num_samples
+    assert ours == pytest.approx(5 / 8 * all_of_them)
 
 
 def test_what_train_refuses_the_doctor_refuses(tmp_path):

@@ -10,11 +10,12 @@ import torch
 from wds_convnext.check.case import Case, Finding, Rule
 from wds_convnext.check.loads import Loads
 from wds_convnext.check.measure import cpu_lacks_bf16
-from wds_convnext.config import DoctorConfig
+from wds_convnext.config import DoctorConfig, TrainConfig
 from wds_convnext.errors import UsageError
 from wds_convnext.files import free_bytes
 from wds_convnext.progress import Progress
 from wds_convnext.shards.spec import total_bytes
+from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.augment import build_transform, pixels_of
@@ -22,6 +23,7 @@ from wds_convnext.training.distributed import Machine, join_world
 from wds_convnext.training.model import check_image_sizes, model_for
 from wds_convnext.training.optimizer import NUM_MOMENTS
 from wds_convnext.training.runs import RUNS
+from wds_convnext.training.schedule import image_sizes
 from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, train_step
 
@@ -135,10 +137,17 @@ def loader_rate(case: Case) -> Iterator[Finding]:
             "More CPU cores or smaller images; wds-convnext bench names the slowest stage.",
         )
     else:
-        hours = config.epochs * case.order.num_samples / (step * config.ranks) / 3600
+        hours = full_size_images(config, case.order) / (step * config.ranks) / 3600
         yield Finding(
             f"Images/s: loader {loader:,.0f}, step {step:,.0f}; the run takes about {hours:,.1f} h."
         )
+
+
+def full_size_images(config: TrainConfig, order: TrainOrder) -> float:
+    """The images of a run; those that a schedule of sizes makes smaller count by their pixels."""
+    sizes, steps = image_sizes(config, order), range(order.num_steps(config.epochs))
+    share = sizes.num_pixels(steps) / (len(steps) * sizes.sizes[-1] ** 2)
+    return share * config.epochs * order.num_samples
 
 
 def step_rate(case: Case) -> float | None:
