@@ -93,7 +93,7 @@ def test_what_a_step_frees_is_kept_for_the_next():
     """Its pages do not fault in again, as they do where each large tensor is mapped anew."""
     code = (
         "import resource, torch\n"
-        "from wds_convnext.training.train import keep_freed_memory\n"
+        "from wds_convnext.training.feed import keep_freed_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    for _ in range(4):\n"

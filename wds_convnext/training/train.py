@@ -1,10 +1,8 @@
 """Training from the first line that is printed to the last."""
 
 import contextlib
-import ctypes
 import gc
 import shlex
-import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -101,21 +99,6 @@ def _advice(config: TrainConfig, device: torch.device) -> str:
     return "Use a smaller --batch-size, with --accumulate for the same global batch."
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep for the next step what a step frees, instead of returning it to the system.
-
-    Large tensors come from `mmap` otherwise, and each of their pages faults in again at each step.
-    Elsewhere than with glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
-            mallopt(parameter, value)
-
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-
-
 def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
     say, show = (progress.say, click.echo) if machine.world.is_main else (_drop, _drop)
     checkpoint, stated_batch = rundir.load(), rundir.stated_batch()
@@ -146,8 +129,6 @@ def _train(config: TrainConfig, machine: Machine, rundir: RunDir) -> int:
             ) as log,
         ):
             log.introduce(run)
-            if machine.device.type == "cpu":
-                keep_freed_memory()  # here, where loader workers have been forked already
             has_finished = fit(run, batches, log=log, rundir=rundir)
             status.reason = "finished" if has_finished else request.reason
         try:
