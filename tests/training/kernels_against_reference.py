@@ -7,9 +7,11 @@ Every case is a pair of optimizers with equal weights and gradients, for a few s
 import copy
 
 import torch
+from torch import nn
 
 from wds_convnext.training import adamp, adamp_triton
 from wds_convnext.training.adamp import AdamP
+from wds_convnext.training.ema import WeightAverage
 
 # Of all numbers of dimensions; one element, empty, rows that do not fill a block or fill several,
 # fours and not; more rows than one program has, and than are decided upon at once.
@@ -105,6 +107,35 @@ def check_scale_and_skip() -> None:
     torch.testing.assert_close((weights, ours.state_dict()["state"]), before, rtol=0, atol=0)
 
 
+def check_average() -> None:
+    """An average is moved along by the kernels, and by its update no more; not in a step that is
+    skipped. A weight without a gradient is left to the update."""
+    weights, reference = (nn.ParameterList(tensors) for tensors in pair())
+    ours, theirs = optimizers(list(weights), list(reference))
+    average, expected = (
+        WeightAverage(module, decay=0.9, num_updates=4) for module in (weights, reference)
+    )
+    ours.average = average
+    for number in range(3):
+        is_skipped = torch.tensor(number == 1)
+        ours.found_inf = theirs.found_inf = is_skipped.float()
+        before = copy.deepcopy(average.state_dict())
+        grads = gradients("channels", list(weights), number)
+        grads[5] = None
+        step(ours, weights, grads, by_kernels=True)
+        moved = [name for name, at in average.state_dict().items() if not at.equal(before[name])]
+        assert len(moved) == (0 if is_skipped else len(SHAPES) - 2), moved  # empty; no gradient
+        step(theirs, reference, grads, by_kernels=False)
+        for one in (average, expected):
+            one.update(frozen=is_skipped)
+        for name, at in expected.state_dict().items():
+            torch.testing.assert_close(
+                average.state_dict()[name].double(), at, rtol=2e-6, atol=2e-6
+            )
+    check_near(weights, reference, ours, theirs)
+    assert average.num_updates == expected.num_updates == 7
+
+
 def check_state_dict() -> None:
     """A run goes on with and without kernels, by state dicts of the same form, also where moments
     are not in their parameter's order; without a gradient, as if frozen, there is no state."""
@@ -142,4 +173,5 @@ if __name__ == "__main__":
     for kind in ("random", "channels", "layer", "parallel"):
         check_kind(kind)
     check_scale_and_skip()
+    check_average()
     check_state_dict()

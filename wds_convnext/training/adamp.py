@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from wds_convnext.training.adamp_host import update_on_host
 from wds_convnext.training.compiler import has_c_compiler
+from wds_convnext.training.ema import WeightAverage
 
 # The largest stack, in elements: what stays in a CPU's cache; elsewhere a bound on memory, 64 MiB
 # of float32 for each temporary.
@@ -46,7 +47,8 @@ class AdamP(Optimizer):
 
     As torch's fused optimizers do, `step` reads two attributes that GradScaler, or the caller,
     may set to one-element tensors: gradients are divided by `grad_scale`; where `found_inf` is
-    not zero, parameters, moments and step counts stay as they are, whatever the gradients.
+    not zero, parameters, moments and step counts stay as they are, whatever the gradients. A third,
+    `average`, may be the `WeightAverage` of the parameters: where kernels take a step they move it.
 
     Args:
         lr: float or 0-d tensor.
@@ -58,6 +60,7 @@ class AdamP(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then leaves the skip to `found_inf`
     found_inf: Tensor
+    average: WeightAverage | None = None
 
     def __init__(
         self,
@@ -159,7 +162,9 @@ class AdamP(Optimizer):
             for batch in _batches_of_one_shape(rows):
                 _update(*zip(*batch), group=group, grad_scale=grad_scale, found_inf=found_inf)
         for device, taken in by_kernels.items():
-            _kernels(device).update(taken, grad_scale=grad_scale, found_inf=found_inf)
+            _kernels(device).update(
+                taken, grad_scale=grad_scale, found_inf=found_inf, average=self.average
+            )
         return loss
 
 

@@ -6,7 +6,8 @@ batched operations of `adamp` move 284 (both counted, not measured on a GPU):
 1. `_begin`: count the step; what follows from it is computed in float64, once a tensor.
 2. `_moments`: read gradient, weight and both moments, write the moments; sums of each row (24).
 3. `_decide`: whether the projection of a tensor fires, and on which view; from the sums alone.
-4. `_apply`: read weight and moments, write the weight (16).
+4. `_apply`: read weight and moments, write the weight (16); move its average along, if there is
+   one (8 more, where an update of its own reads and writes 32).
 
 The projection needs no pass of its own: along a row p it takes p (p.u) / (|p| + eps)^2 off an
 update u, and p.u is summed with the moments. Sums in another order than timm's give other last
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wds_convnext.training.adamp import as_float64
+from wds_convnext.training.ema import WeightAverage
 
 BLOCK = 512  # elements of a row that are in flight at once: 128 threads with 16 bytes each
 DECIDE_BLOCK = 1024  # rows
@@ -32,15 +34,17 @@ MAX_PROGRAMS = 128  # for one tensor
 # Columns of the table, one row per tensor. Addresses and counts are int64 ...
 _PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _STEP, _LR = (tl.constexpr(i) for i in range(6))
 _FIRST_ROW, _NUM_ROWS, _ROW_SIZE, _IS_ALIGNED = (tl.constexpr(i) for i in range(6, 10))
+_AVERAGE = tl.constexpr(10)  # 0: there is none
 # ... and these are the bits of float64.
-_BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _WD_RATIO = (tl.constexpr(i) for i in range(10, 15))
-_CHANNEL_LIMIT, _LAYER_LIMIT = tl.constexpr(15), tl.constexpr(16)
-_WIDTH = tl.constexpr(17)
+_BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _WD_RATIO = (tl.constexpr(i) for i in range(11, 16))
+_AVERAGE_WEIGHT, _CHANNEL_LIMIT, _LAYER_LIMIT = (tl.constexpr(i) for i in range(16, 19))
+_WIDTH = tl.constexpr(19)
 
 # Columns of `scalars`, float32: what every element of a tensor needs.
 _KEEP1, _ADD1, _KEEP2, _ADD2, _EPS32, _ROOT = (tl.constexpr(i) for i in range(6))
 _STEP_SIZE, _DECAY, _DECAY_IF_FIRES, _GRAD_SCALE = (tl.constexpr(i) for i in range(6, 10))
-_NUM_SCALARS = tl.constexpr(10)
+_MOVE = tl.constexpr(10)
+_NUM_SCALARS = tl.constexpr(11)
 
 # Columns of `sums`, float32, a line for each row: products of gradient g, weight p and update u.
 _GP, _GG, _PP, _PU = (tl.constexpr(i) for i in range(4))
@@ -96,8 +100,14 @@ def _has_rows(param: Tensor) -> bool:
     return True
 
 
-def update(rows: list[Row], *, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Apply one step, in place, to tensors on one device, with what `AdamP` says of the scale."""
+def update(
+    rows: list[Row],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    average: WeightAverage | None = None,
+) -> None:
+    """Apply one step, in place, to tensors on one device, with what `AdamP` says of the rest."""
     device = rows[0].param.device
     # One value for each group, and what stays referred to until the kernels are queued.
     lrs = {id(row.group): as_float64(row.group["lr"], device) for row in rows}
@@ -106,7 +116,13 @@ def update(rows: list[Row], *, grad_scale: Tensor | None, found_inf: Tensor | No
         None if tensor is None else tensor.to(device, torch.float32, non_blocking=True)
         for tensor in (grad_scale, found_inf)
     ]
-    lines, num_rows = _table(rows, grads, [lrs[id(row.group)] for row in rows])
+    averages = [_average_of(row.param, average) for row in rows]
+    lines, num_rows = _table(rows, grads, [lrs[id(row.group)] for row in rows], averages)
+    if average is not None:
+        bits = np.array(average.next_weight, np.float64).view(np.int64).item()
+        for line in lines:
+            line[_AVERAGE_WEIGHT.value] = bits
+        average.note_moved(row.param for row, own in zip(rows, averages) if own is not None)
     table = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda")
     ints = table.to(device, non_blocking=True)
     floats = ints.view(torch.float64)
@@ -125,24 +141,32 @@ def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
     return grad if _is_alike(param, grad) else torch.empty_like(param).copy_(grad)
 
 
+def _average_of(param: Tensor, average: WeightAverage | None) -> Tensor | None:
+    """A parameter's average, if it lies in memory as the parameter does."""
+    own = None if average is None else average.of(param)
+    return own if own is not None and _is_alike(param, own) else None
+
+
 def _table(
-    rows: list[Row], grads: list[Tensor], lrs: list[Tensor]
+    rows: list[Row], grads: list[Tensor], lrs: list[Tensor], averages: list[Tensor | None]
 ) -> tuple[list[list[int]], list[int]]:
     """The table's lines, and how many rows each tensor has."""
     lines, num_rows, first_row = [], [], 0
-    for row, grad, lr in zip(rows, grads, lrs):
+    for row, grad, lr, average in zip(rows, grads, lrs, averages):
         param, group = row.param, row.group
         count = param.shape[0] if param.ndim > 1 else 1
         size = param.numel() // count
         tensors = (param, grad, row.exp_avg, row.exp_avg_sq)
         places = [tensor.data_ptr() for tensor in tensors]
-        is_aligned = size % 4 == 0 and all(place % 16 == 0 for place in places)
+        average_at = 0 if average is None else average.data_ptr()
+        is_aligned = size % 4 == 0 and all(place % 16 == 0 for place in [*places, average_at])
         limits = [-1.0, -1.0]  # no cosine is below: the projection never fires
         if param.ndim > 1:
             limits = [group["delta"] / math.sqrt(n) for n in (size, param.numel())]
-        numbers = [*group["betas"], group["eps"], group["weight_decay"], group["wd_ratio"], *limits]
+        numbers = [*group["betas"], group["eps"], group["weight_decay"], group["wd_ratio"]]
+        numbers += [0.0, *limits]  # the average's weight is the same for all
         bits = np.array(numbers, np.float64).view(np.int64).tolist()
-        counts = [first_row, count, size, int(is_aligned)]
+        counts = [first_row, count, size, int(is_aligned), average_at]
         lines.append([*places, row.step.data_ptr(), lr.data_ptr(), *counts, *bits])
         num_rows.append(count)
         first_row += count
@@ -175,6 +199,7 @@ def _begin(ints, floats, scalars, grad_scale, found_inf):
     tl.store(scalars + _ADD2, (1 - beta2).to(tl.float32))
     tl.store(scalars + _EPS32, tl.load(floats + _EPS).to(tl.float32))
     tl.store(scalars + _ROOT, tl.sqrt(correction2).to(tl.float32))
+    tl.store(scalars + _MOVE, tl.load(floats + _AVERAGE_WEIGHT).to(tl.float32))
     tl.store(scalars + _STEP_SIZE, (lr / correction1).to(tl.float32))
     tl.store(scalars + _DECAY, (1 - decay).to(tl.float32))
     tl.store(scalars + _DECAY_IF_FIRES, (1 - decay * tl.load(floats + _WD_RATIO)).to(tl.float32))
@@ -326,9 +351,12 @@ def _apply_to_rows(ints, scalars, sums, found_inf, BLOCK: tl.constexpr, VECTOR: 
     param = _place(ints, _PARAM, VECTOR)
     exp_avg = _place(ints, _EXP_AVG, VECTOR)
     exp_avg_sq = _place(ints, _EXP_AVG_SQ, VECTOR)
+    average = _place(ints, _AVERAGE, VECTOR)
+    has_average = tl.load(ints + _AVERAGE) != 0
     size = tl.load(ints + _ROW_SIZE) // VECTOR * VECTOR
     step_size = tl.load(scalars + _STEP_SIZE)
     decay = tl.load(scalars + _DECAY)
+    move = tl.load(scalars + _MOVE)
     root, eps = tl.load(scalars + _ROOT), tl.load(scalars + _EPS32)
     for row in range(tl.program_id(0), _rows_to_do(ints, found_inf), tl.num_programs(0)):
         along = tl.load(sums + (tl.load(ints + _FIRST_ROW) + row) * _NUM_SUMS + _PU)
@@ -340,4 +368,8 @@ def _apply_to_rows(ints, scalars, sums, found_inf, BLOCK: tl.constexpr, VECTOR: 
             m = tl.load(exp_avg + at, inside, 0.0)
             v = tl.load(exp_avg_sq + at, inside, 0.0)
             update = _direction(m, v, root, eps) - p * along
-            tl.store(param + at, p * decay - step_size * update, inside)
+            p = p * decay - step_size * update
+            tl.store(param + at, p, inside)
+            if has_average:
+                a = tl.load(average + at, inside, 0.0)
+                tl.store(average + at, a + (p - a) * move, inside)

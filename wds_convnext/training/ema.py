@@ -1,7 +1,7 @@
 """The moving average of a model's weights."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -43,19 +43,42 @@ class WeightAverage:
         self.names = [name for name, _ in model.named_parameters()]
         self._parameters: list[torch.Tensor] = list(model.parameters())
         self._average = [p.detach().clone() for p in self._parameters]
+        self._of = dict(zip(self._parameters, self._average))
+        self._moved: set[torch.Tensor] = set()  # parameters whose average is ahead of the update
+
+    def of(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The average of a parameter, for an optimizer that moves it along; None if it is not here.
+
+        It moves by `next_weight` of the way to the new weights, and says so: see `note_moved`.
+        """
+        return self._of.get(parameter)
+
+    @property
+    def next_weight(self) -> float:
+        """By which part of the way to the weights the next update moves the average."""
+        if self.num_updates is None:
+            return 1 - self.decay
+        return 1 - decay_at(self.num_updates, self.decay)
+
+    def note_moved(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take note of averages that need no more of the next update."""
+        self._moved.update(parameters)
 
     @torch.no_grad()
     def update(self, *, frozen: torch.Tensor) -> None:
         """Move towards the model's weights; not at all where the 0-d flag `frozen` is set."""
-        decay = self.decay
+        weight = torch.where(frozen, 0.0, self.next_weight)  # float32
         if self.num_updates is not None:
-            decay = decay_at(self.num_updates, decay)
             self.num_updates += 1  # frozen ones included: the host does not know of them
-        weight = torch.where(frozen, 0.0, 1 - decay)  # float32
+        parameters = [p for p in self._parameters if p not in self._moved]
+        averages = [self._of[p] for p in parameters]
+        self._moved.clear()
+        if not parameters:
+            return
         # Not _foreach_lerp_: it takes a Python number, and would read `frozen` to get one.
-        moves = torch._foreach_sub(self._parameters, self._average)
+        moves = torch._foreach_sub(parameters, averages)
         torch._foreach_mul_(moves, weight)
-        torch._foreach_add_(self._average, moves)
+        torch._foreach_add_(averages, moves)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -12,20 +12,28 @@ from torch.optim import Optimizer
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.training.adamp import AdamP, as_float64, parameter_groups
+from wds_convnext.training.ema import WeightAverage
 from wds_convnext.training.finetune import lr_scales
 
 # Tensors of a parameter's size in the optimizer's state. (Muon has another for what is no matrix.)
 NUM_MOMENTS = {"adamp": 2, "adamw": 2, "sgd": 1, "lion": 1, "muon": 1}
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer for a model that is on its device, with the groups of `parameter_groups`."""
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, *, average: WeightAverage | None = None
+) -> Optimizer:
+    """The optimizer for a model that is on its device, with the groups of `parameter_groups`.
+
+    Args:
+        average: which AdamP's kernels move along.
+    """
     groups = parameter_groups(
         model, weight_decay=config.weight_decay, lr_scales=lr_scales(model, config)
     )
     device = next(model.parameters()).device
     if config.optimizer == "adamp":
         optimizer = AdamP(groups, lr=config.lr)
+        optimizer.average = average
         keep_lr_on_device(optimizer, device)
         return optimizer
     from timm.optim import create_optimizer_v2  # 1 s

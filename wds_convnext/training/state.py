@@ -253,7 +253,7 @@ def build_state(
         average = WeightAverage(model, decay=config.ema_decay, num_updates=0)
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, config),
+        optimizer=build_optimizer(model, config, average=average),
         scaler=torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16"),
         average=average,
         sums=StepSums(machine.device),
