@@ -63,7 +63,7 @@ def test_no_policy_fetches_less_for_equal_sizes(plan, num_slots):
 def test_the_live_set_is_the_most_that_is_needed_at_one_time(plan, ahead, sizes):
     sizes = np.array(sizes)
 
-    peak = plan.peak_bytes(sizes, ahead=ahead)
+    peak = plan.begun(ahead).peak_bytes(sizes)
 
     needed = [
         sizes[

@@ -124,7 +124,8 @@ def test_the_largest_buffer_fits_and_the_next_does_not():
         return (
             make_run([100] * 50, batch=10, buffer=size, lanes=5, epochs=2)
             .uses()
-            .peak_bytes(bytes_of, ahead=2)
+            .begun(2)
+            .peak_bytes(bytes_of)
         )
 
     assert peak(buffer) <= 300 < peak(int(buffer * 1.1) + 1)

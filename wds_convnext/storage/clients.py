@@ -30,7 +30,8 @@ _METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal
 _AWS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _AZURE = ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 _OBSTORE = {"s3": _AWS, "r2": _AWS, "gs": ("GOOGLE_BASE_URL",)}
-_OBSTORE |= dict.fromkeys(("az", "azure", "abfss"), _AZURE)
+_AZURE_SCHEMES, _AZURE_EMULATOR = ("az", "azure", "abfss"), "AZURE_STORAGE_USE_EMULATOR"
+_OBSTORE |= dict.fromkeys(_AZURE_SCHEMES, _AZURE)
 
 
 class Client(Protocol):
@@ -124,7 +125,8 @@ class ObstoreClient:
             raise self._translated(error) from None
 
     def is_sealed(self, url: str) -> bool:
-        return not self._endpoint.startswith("http:")
+        is_emulated = self._scheme in _AZURE_SCHEMES and os.environ.get(_AZURE_EMULATOR)
+        return not (self._endpoint.startswith("http:") or is_emulated)
 
     @property
     def _endpoint(self) -> str:

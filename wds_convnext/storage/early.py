@@ -39,15 +39,21 @@ class Early:
         self._busy: dict[Future, int] = {}  # -> time from which it may be fetched
         self._pool = ThreadPoolExecutor(NUM_RANGES)
 
-    def load(self, objects: Sequence[Object]) -> None:
-        """Take over what a run asks for."""
+    def load(self, objects: Sequence[Object], present: Collection[int]) -> None:
+        """Take over what a run asks for, but for what is here, in whole shards or of its own."""
         import numpy as np  # as in the fetcher: of no use before there is a plan
 
+        folder = self._path / "first"
+        for part in folder.glob("*.part"):  # of a fetcher that died
+            part.unlink()
         columns = np.load(self._path / "first.npy", allow_pickle=False)
-        self._objects, self._next, self._whole = objects, 0, set()
-        self._ranges = list(map(tuple, columns.T.tolist()))
-        there = (entry.path for entry in os.scandir(self._path / "first"))
-        self._fetched_bytes = sum(map(occupied, there))  # of a fetcher that died
+        self._objects, self._next, self._whole = objects, 0, set(present)
+        self._ranges = [
+            (time, number, start, num_bytes)
+            for time, number, start, num_bytes in columns.T.tolist()
+            if not (num_bytes and os.path.exists(early_path(objects[number].path, start)))
+        ]
+        self._fetched_bytes = sum(occupied(entry.path) for entry in os.scandir(folder))
         self._reserve()
 
     def tick(self, now: int, present: Collection[int]) -> bool:
@@ -106,4 +112,5 @@ class Early:
         self._busy.clear()
         with contextlib.suppress(FileNotFoundError):
             (self._path / "first.npy").unlink()
-            shutil.rmtree(self._path / "first")
+        # Ranges may still be on their way, where a server turned out to have none.
+        shutil.rmtree(self._path / "first", ignore_errors=True)

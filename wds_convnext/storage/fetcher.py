@@ -56,7 +56,7 @@ class Fetcher:
         self._needs = Needs(path)
         self._other_bytes = 0
         self._present: dict[int, int] = {}  # object -> bytes that it occupies
-        self._strangers: dict[str, int] = {}  # path of a shard that no one may ask for -> bytes
+        self._strangers: dict[str, int] = {}  # path of a shard that nobody asks for -> bytes
         self._since: dict[int, float] = {}  # object -> when a reader last waited for it
         self._busy: dict[Future, tuple[int, int]] = {}  # -> object, bytes set aside
         self._counts: list[Counts] = []  # of each store, since one thread adds to it
@@ -108,8 +108,9 @@ class Fetcher:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / "wanted" / self._objects[number].token).unlink()
         self._needs.update(len(self._objects))
-        if self._needs.are_known and self._has_changed("first.npy"):  # it comes first
-            self._early.load(self._objects)
+        # Written before the plan, which says when its ranges are needed.
+        if self._needs.are_known and self._has_changed("first.npy"):
+            self._early.load(self._objects, self._present)
             self._shrink()
         reserved = self._early.reserved_bytes
         if self._early.tick(self._needs.now, self._present):  # first, since a batch waits for them
@@ -117,6 +118,7 @@ class Fetcher:
             return
         if reserved and not self._early.reserved_bytes:
             self._measure()
+            self._needs.is_settled = not self._needs.are_known  # with the room that came back
         busy = {number for number, _ in self._busy.values()}
         missing = [n for n in wanted if n not in busy and n not in self._present]
         for number in missing:
@@ -135,7 +137,10 @@ class Fetcher:
         self._write_counts()
 
     def _fetch_ahead(self, busy: set[int]) -> None:
-        """Begin what is needed next, as long as what would go for it is needed later."""
+        """Begin what is needed next, as long as what would go for it is needed later.
+
+        What stays (`Needs.staying`) does not go for it.
+        """
         times = self._needs.times
         for number in self._needs.order:
             if len(self._busy) >= NUM_TRANSFERS or times[number] == sys.maxsize:
@@ -146,24 +151,19 @@ class Fetcher:
                 return
 
     def _begin(self, number: int, *, before: int) -> bool:
-        """Begin to fetch an object, if what is needed later than `before` makes room for it."""
+        """Begin to fetch an object, if what may go for it makes room (see `Needs.to_go`)."""
         if len(self._busy) >= NUM_TRANSFERS:
             return False
         found = self._objects[number]
         needed = rounded(found.num_bytes)
         if not self._needs.is_settled and self._room() < needed:
             sizes = [rounded(found.num_bytes) for found in self._objects]
-            self._needs.settle(sizes, self.cache_bytes - self._other_bytes)
-        times, staying, now = self._needs.times, self._needs.staying, time.monotonic()
-        going = [
-            n
-            for n in self._present
-            if times[n] > before
-            and (before < 0 or n not in staying)
-            and now - self._since.get(n, -_GRACE_S) >= _GRACE_S
-        ]
-        # Of those that are never needed again, the one that was waited for longest ago.
-        going.sort(key=lambda n: (n in staying, -times[n], self._since.get(n, 0.0)))
+            held = self._other_bytes + self._early.reserved_bytes
+            self._needs.settle(sizes, self.cache_bytes - held)
+        now = time.monotonic()
+        rested = (n for n in self._present if now - self._since.get(n, -_GRACE_S) >= _GRACE_S)
+        waited_for_longest_ago = sorted(rested, key=lambda n: self._since.get(n, 0.0))
+        going = self._needs.to_go(waited_for_longest_ago, before=before)
         if not self._make_room(needed, going):
             return False
         self._busy[self._pool.submit(self._fetch, found)] = number, needed

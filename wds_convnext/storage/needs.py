@@ -2,6 +2,7 @@
 
 import struct
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,18 @@ class Needs:
             self.times = self._uses.at(now).tolist()
             self.order = self._uses.begins.argsort(kind="stable").tolist()
             self.staying = set(self._uses.stays(now).nonzero()[0].tolist())
+
+    def to_go(self, objects: Iterable[int], *, before: int) -> list[int]:
+        """Which of these objects may go for one that is needed at a time, in this order.
+
+        What is in use goes last, what stays before it, else first what is needed last.
+
+        Args:
+            before: that time; -1 if a reader waits for it, for which everything may go.
+        """
+        times, staying, now = self.times, self.staying, self.now
+        going = [n for n in objects if before < 0 or (times[n] > before and n not in staying)]
+        return sorted(going, key=lambda n: (times[n] <= now, n in staying, -times[n]))
 
     def settle(self, sizes: list[int], cache_bytes: int) -> None:
         """Settle which objects stay between their uses; 60 epochs of 1,024 shards take 0.2 s."""

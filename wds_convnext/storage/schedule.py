@@ -1,8 +1,8 @@
 """Which object is needed when, and which may go: eviction by the furthest next use.
 
 A time is a number of batches that were handed over. The order of a run is arithmetic, so the uses
-of every object are known to the end of the run: fetching ahead is never wrong, and what goes first
-is what is needed last (L. Belady 1966; for objects of one size no other choice fetches less).
+of every object are known to the end of the run: what is fetched ahead is needed, and what goes
+first is what is needed last (L. Belady 1966; for objects of one size no other choice fetches less).
 """
 
 import contextlib
@@ -46,19 +46,17 @@ class Plan:
         """This plan with uses that begin so much earlier, as of readers that are ahead."""
         return Plan.of(self.object, self.first - ahead, self.last)
 
-    def peak_bytes(self, sizes: np.ndarray, *, ahead: int = 0) -> int:
+    def peak_bytes(self, sizes: np.ndarray) -> int:
         """The most bytes that are in use at one time, the live set.
 
         Args:
             sizes: bytes of the objects, int64 (num_objects,).
-            ahead: times before its first use at which an object has to be there.
         """
         if not len(self.object):
             return 0
-        plan = self.begun(ahead)
-        nbytes = sizes[plan.object]
+        nbytes = sizes[self.object]
         # Of one time the ends come first (lexsort is stable): what has gone makes room.
-        order = np.lexsort((np.concatenate([plan.last + 1, plan.first]),))
+        order = np.lexsort((np.concatenate([self.last + 1, self.first]),))
         return int(np.cumsum(np.concatenate([-nbytes, nbytes])[order]).max())
 
 
@@ -92,7 +90,7 @@ class NextUses:
 
     @property
     def begins(self) -> np.ndarray:
-        """When the use of each object begins that `at` has found, int64, or has begun."""
+        """When the use of each object that `at` has found begins, or began, int64."""
         return np.where(self._is_left, self._first[self._use], NEVER)
 
     @property

@@ -140,7 +140,7 @@ def largest_buffer(plan: RunPlan, sizes: np.ndarray, cache_bytes: int, *, ahead:
         order = replace(plan.order, shuffle_buffer=buffer)
         schedule = ValidationSchedule(order, plan.schedule.every, plan.schedule.last_step)
         uses = RunPlan(order, plan.ranks, schedule, plan.val_order).uses()
-        return uses.peak_bytes(sizes, ahead=ahead) <= cache_bytes
+        return uses.begun(ahead).peak_bytes(sizes) <= cache_bytes
 
     candidates = _round_numbers(min(plan.order.shuffle_buffer, plan.order.num_samples))
     low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not

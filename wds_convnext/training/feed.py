@@ -49,8 +49,6 @@ def loading(
         pin_memory=machine.device.type == "cuda",
         while_waiting=while_waiting,
     )
-    if machine.device.type == "cpu":
-        keep_freed_memory()  # here, where loader workers have been forked already
     with closing(batches), checking_while_waiting(while_waiting):
         paced = pace.over(batches) if pace else batches
         on_device = prefetch_to_device(paced, machine.device)
@@ -70,9 +68,14 @@ def keep_freed_memory() -> None:
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Batches with their tensors on the device; on CUDA the next is copied while one is used."""
+    """Batches with their tensors on the device; on CUDA the next is copied while one is used.
+
+    On a CPU the process keeps freed memory from the first batch on.
+    """
     if device.type != "cuda":
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number == 0 and device.type == "cpu":
+                keep_freed_memory()  # now: the workers are forked, and give theirs back
             yield _to(batch, device)
         return
     copying = torch.cuda.Stream(device)

@@ -155,7 +155,7 @@ def follow_run(run: "Run", *, is_fresh: bool) -> tuple[list[str], Pace | None, P
     cache = current_cache()
     sizes = np.array([s.is_remote * ((s.num_bytes or 0) + _BLOCKS) for s in shards], np.int64)
     ahead = batches_ahead(num_workers(config.workers, ranks=world.local_size))
-    needed = uses.peak_bytes(sizes, ahead=ahead)
+    needed = uses.begun(ahead).peak_bytes(sizes)
     reasons = []
     if world.local_rank == 0 and needed > cache.room:
         reasons = [_too_small(cache, needed, plan, sizes, ahead=ahead, is_fresh=is_fresh)]
