@@ -29,6 +29,7 @@ settings.load_profile("fixed")
 # A process that takes longer hangs: on a loaded machine the slowest of the tests' takes a minute.
 # Less than the 600 s that a collective waits for a rank, so that such a wait counts as a hang.
 HANG_S = 500
+AFTER_FAILURE_S = 60  # how long the ranks of a run may outlive one that failed
 # Indexes of shards without a manifest go here, not into the home folder.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="wds_convnext-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -220,15 +221,22 @@ def own_arguments(command: list[str]) -> list[str]:
     return command[3:] if command[1:3] == ["-m", "wds_convnext"] else command[1:]
 
 
-def on_ranks(*commands: list[str], check=True, folders=(None, None)) -> list:
-    """As `run`, a command for each of two ranks; gives the output of each."""
+def on_ranks(*commands: list[str], check=True, folders=None) -> list:
+    """As `run`, a command for each rank; gives the output of each, whichever fails or hangs."""
     ranks = start_ranks(*map(own_arguments, commands), folders=folders)
-    for rank in ranks:
-        rank.wait(HANG_S)
+    deadline = time.monotonic() + HANG_S
+    while (running := [r for r in ranks if r.poll() is None]) and time.monotonic() < deadline:
+        if any(rank.poll() for rank in ranks):
+            deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
+        time.sleep(0.01)
+    for rank in running:
+        rank.kill()
+    texts = [rank.communicate(HANG_S) for rank in ranks]
     results = [
-        subprocess.CompletedProcess(rank.arguments, rank.returncode, *rank.communicate())
-        for rank in ranks
+        subprocess.CompletedProcess(rank.arguments, rank.returncode, *printed)
+        for rank, printed in zip(ranks, texts)
     ]
+    assert not running, results
     assert not check or not any(result.returncode for result in results), results
     return results
 
@@ -239,5 +247,5 @@ def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen | Start
         has_ended = process.poll() is not None  # asked first: what it did last counts
         if is_reached():
             return
-        assert not has_ended, process.communicate()[0]
+        assert not has_ended, process.communicate(timeout=HANG_S)[0]
         time.sleep(0.01)

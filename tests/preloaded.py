@@ -13,11 +13,22 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from multiprocessing import forkserver
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 MODULES = ["preloaded", "wds_convnext.cli", "wds_convnext.training.train", "timm.models.convnext"]
 _context = multiprocessing.get_context("forkserver")
-_starting = threading.Lock()  # ranks of a run are started by a thread each
+_starting = threading.Lock()  # a test may run several commands at once, by a thread each
+
+
+def _kill_those_left() -> None:
+    for process in multiprocessing.active_children():
+        if isinstance(process, _context.Process):
+            process.kill()
+
+
+# At exit, before multiprocessing waits for what a failed test has left.
+Finalize(None, _kill_those_left, exitpriority=100)
 
 
 class Started:
@@ -44,6 +55,8 @@ class Started:
         self._folder = tempfile.TemporaryDirectory()
         names = ("stdout", "stdout") if new_session else ("stdout", "stderr")
         self._printed = [Path(self._folder.name, name) for name in names]
+        for path in self._printed:
+            path.touch()  # there even if the process fails before it prints
         self._process = _context.Process(
             target=_call, args=(arguments, cwd, dict(env), self._printed, new_session)
         )
@@ -58,14 +71,17 @@ class Started:
     def poll(self) -> int | None:
         return self._process.exitcode
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def wait(self, timeout: float) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
-            self._process.kill()
+            self.kill()
             raise subprocess.TimeoutExpired(self.arguments, timeout)
         return self._process.exitcode
 
-    def communicate(self, timeout: float = 0) -> tuple[str, str]:
+    def communicate(self, timeout: float) -> tuple[str, str]:
         """Wait for the end; gives what was printed."""
         self.wait(timeout)
         output, errors = (path.read_text() for path in self._printed)
@@ -81,8 +97,9 @@ def run_preloaded(
     return subprocess.CompletedProcess(arguments, process.returncode or 0, *texts)
 
 
-def start_ranks(*commands: list[str], folders=(None, None)) -> list[Started]:
+def start_ranks(*commands: list[str], folders=None) -> list[Started]:
     """Ranks of this machine, which exchange by gloo: the arguments and the folder of each."""
+    folders = folders or [None] * len(commands)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     size = str(len(commands))
@@ -102,8 +119,6 @@ def start_ranks(*commands: list[str], folders=(None, None)) -> list[Started]:
 def _call(
     arguments: list[str], cwd, env: dict[str, str], printed: list[Path], new_session: bool
 ) -> None:
-    from wds_convnext.cli import main
-
     if new_session:
         os.setsid()
     for number, path in enumerate(printed, start=1):
@@ -119,5 +134,7 @@ def _call(
         )  # a forkserver's child inherits its own
         exec(compile(arguments[1], "<program>", "exec"), {"__name__": "__main__"})
     else:
+        from wds_convnext.cli import main  # what fails in it is printed to the files
+
         sys.argv = ["wds-convnext", *arguments]
         main(arguments)

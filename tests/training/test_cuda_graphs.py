@@ -29,9 +29,8 @@ def test_cuda_graphs_are_refused_where_there_can_be_none(device, compile, world,
         Machine.of(world, torch.device(device), amp="off", compile=compile, cuda_graphs=True)
 
 
-def test_a_training_step_and_each_batch_of_an_evaluation_begin_anew(monkeypatch):
-    """A step of two batches begins once, so that gradients of the first are there for the second;
-    random masks are those of eager code, as without graphs."""
+def test_a_training_step_and_each_batch_of_an_evaluation_are_marked(monkeypatch):
+    """A step of two batches begins once, so that the second finds the gradients of the first."""
     begun, options = [], []
     compile = torch.compile
 

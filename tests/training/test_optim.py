@@ -707,18 +707,18 @@ def test_steps_stay_on_the_gpu(lr):
         on_fake_gpu(TimmAdamP, lr=lr)
 
 
-def compiled_run(*, num_steps=6):
+def compiled_run(shapes, *, backend, num_steps=6):
     """Compiled and eager optimizers after the same steps, the fourth of which is skipped.
 
     Returns the number of graphs compiled in the first step, and afterwards.
     """
-    params = random_params([(3, 5), (3, 5), (7,)])
+    params = random_params(shapes)
     optimizers = []
     for tensors in (params, clones(params)):
         lr = torch.tensor(0.0, dtype=torch.float64)
         optimizers.append(AdamP(tensors, lr=lr, weight_decay=0.05))
     compiled, eager = optimizers
-    compiled_step = torch.compile(compiled.step, fullgraph=True)
+    compiled_step = torch.compile(compiled.step, fullgraph=True, backend=backend)
     rng, num_graphs = torch.Generator().manual_seed(0), []
     for step in range(num_steps):
         kind = list(GRADIENTS)[step % len(GRADIENTS)]
@@ -734,14 +734,21 @@ def compiled_run(*, num_steps=6):
     return compiled, eager, num_graphs
 
 
-@pytest.mark.slow
-def test_compiles_once_as_one_graph():
+@pytest.mark.parametrize(
+    ("backend", "shapes"),
+    [
+        ("aot_eager", [(3, 5), (3, 5), (7,), (), (4, 2, 3, 3)]),
+        pytest.param("inductor", [(3, 5), (3, 5), (7,)], marks=pytest.mark.slow),
+    ],
+    ids=["traced", "generated"],
+)
+def test_compiles_once_as_one_graph(backend, shapes):
     """Neither the learning rate, nor the step count, nor a skip makes the compiler start again; the
     code that it generates does what eager code does."""
     torch.compiler.reset()
     counters.clear()
 
-    compiled, eager, num_graphs = compiled_run()
+    compiled, eager, num_graphs = compiled_run(shapes, backend=backend)
 
     assert num_graphs[0] > 0
     assert num_graphs == [num_graphs[0]] * len(num_graphs)

@@ -367,6 +367,15 @@ def test_from_a_nonfinite_step_on_nothing_changes(poison):
     assert state.sums.read().failed_step == 2
 
 
+def test_adamp_is_given_the_average_that_it_moves_along_on_cuda():
+    """The one that the run validates; without an average there is none."""
+    averaged, plain = make_step(ema_decay=0.9)[0], make_step()[0]
+
+    assert averaged.average is not None
+    assert averaged.optimizer.average is averaged.average
+    assert plain.optimizer.average is plain.average is None
+
+
 @pytest.mark.bits
 def test_skipping_leaves_out_a_nonfinite_step_and_goes_on(poison):
     """The skipped step changes nothing and is in no mean; the next one trains."""
