@@ -325,20 +325,23 @@ def test_a_loader_slower_than_the_step_is_found(tmp_path, side, is_found):
 
 
 def test_hours_count_the_pixels_of_smaller_images(tmp_path):
-    """Half of the run at half the side: 5/8 of the work, whatever the size at the end."""
+    """Half of the run at half the side: 5/8 of the work, or 1/8 if --max-steps ends it there."""
     write_split(tmp_path, "train", plain(0))
     options = {"epochs": 32, "batch_size": 2, "image_size": 32}
-    growing = examine(tmp_path, **options, image_size_schedule="0:16,0.5:32")
-    whole = examine(tmp_path, **options)
+    schedule = {"image_size_schedule": "0:16,0.5:32"}
+    cases = [examine(tmp_path, **options | more) for more in ({}, schedule)]
+    num_steps = cases[0].order.num_steps(32)
+    cases += [examine(tmp_path, **options, **schedule, max_steps=num_steps // 2)]
 
-    ours, all_of_them = (full_size_images(case.config, case.order) for case in (growing, whole))
+    whole, growing, small = (full_size_images(case.config, case.order) for case in cases)
 
-    assert all_of_them == 32 * whole.order.num_samples
-    assert ours == pytest.approx(5 / 8 * all_of_them)
+    assert whole == 2 * num_steps == 32 * cases[0].order.num_samples
+    assert growing == pytest.approx(5 / 8 * whole)
+    assert small == pytest.approx(1 / 8 * whole)
 
 
 def test_what_train_refuses_the_doctor_refuses(tmp_path):
-    """No such shards, no shards, shards twice, no such model: one line, as for train."""
+    """No such shards, no shards, shards twice, no such model, a size without a step: one line."""
     write_split(tmp_path, "train", plain(0))
 
     with pytest.raises(ShardError, match="no shard matches"):
@@ -349,6 +352,14 @@ def test_what_train_refuses_the_doctor_refuses(tmp_path):
         doctor(str(tmp_path), shards=str(tmp_path), quiet=True)
     with pytest.raises(UsageError, match="no such model. Did you mean convnext_base"):
         doctor(str(tmp_path), model="convnext_bsae", **SMALL, batch_size=2, quiet=True)
+    with pytest.raises(UsageError, match="no step of the run's 120 has 8 px"):
+        doctor(
+            str(tmp_path),
+            **SMALL | {"image_size": 32},
+            batch_size=2,
+            image_size_schedule="0:8,0.001:32",
+            quiet=True,
+        )
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from wds_convnext.shards.spec import total_bytes
 from wds_convnext.storage.cache import caching
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.training.sampling import build_weighting
+from wds_convnext.training.schedule import image_sizes
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def _examine(config: DoctorConfig, *, quiet: bool) -> Case:
         weighting=build_weighting(config, train_data),
         repeats=config.repeated_augmentation,
     )
+    image_sizes(config, order)  # refused as by train, before every sample is read
     with Workers(jobs) as workers:
         splits = [
             Split(

@@ -19,11 +19,12 @@ from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.workers import num_workers
 from wds_convnext.training.augment import build_transform, pixels_of
+from wds_convnext.training.compiler import require_cuda_graphs
 from wds_convnext.training.distributed import Machine, join_world
 from wds_convnext.training.model import check_image_sizes, model_for
 from wds_convnext.training.optimizer import NUM_MOMENTS
 from wds_convnext.training.runs import RUNS
-from wds_convnext.training.schedule import image_sizes
+from wds_convnext.training.schedule import image_sizes, validation_schedule
 from wds_convnext.training.state import build_state
 from wds_convnext.training.step import build_recipe, train_step
 
@@ -145,9 +146,8 @@ def loader_rate(case: Case) -> Iterator[Finding]:
 
 def full_size_images(config: TrainConfig, order: TrainOrder) -> float:
     """The images of a run; those that a schedule of sizes makes smaller count by their pixels."""
-    sizes, steps = image_sizes(config, order), range(order.num_steps(config.epochs))
-    share = sizes.num_pixels(steps) / (len(steps) * sizes.sizes[-1] ** 2)
-    return share * config.epochs * order.num_samples
+    sizes, steps = image_sizes(config, order), range(validation_schedule(config, order).last_step)
+    return sizes.num_pixels(steps) / sizes.sizes[-1] ** 2 * order.global_batch_size
 
 
 def step_rate(case: Case) -> float | None:
@@ -191,16 +191,19 @@ def _machine(config: DoctorConfig) -> Machine:
     """The machine as a run of one process would see it.
 
     Raises:
-        UsageError: if the device is not there, or does not do the precision asked for.
+        UsageError: if the device is not there, or does not do what is asked for.
     """
     world, device = join_world(config.device)
-    return Machine.of(
+    machine = Machine.of(
         world,
         device,
         amp=config.amp,
         compile=config.compile,
         cuda_graphs=config.cuda_graphs,
     )
+    if config.cuda_graphs:
+        require_cuda_graphs(device, compiled=machine.compiled, num_ranks=config.ranks)
+    return machine
 
 
 MACHINE_RULES: tuple[Rule, ...] = (shard_count, precision, disk_space, loader_rate)
