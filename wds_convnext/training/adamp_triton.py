@@ -117,11 +117,14 @@ def update(
         for tensor in (grad_scale, found_inf)
     ]
     averages = [_average_of(row.param, average) for row in rows]
-    lines, num_rows = _table(rows, grads, [lrs[id(row.group)] for row in rows], averages)
+    lines, num_rows = _table(
+        rows,
+        grads,
+        [lrs[id(row.group)] for row in rows],
+        averages,
+        average_weight=0.0 if average is None else average.next_weight,
+    )
     if average is not None:
-        bits = np.array(average.next_weight, np.float64).view(np.int64).item()
-        for line in lines:
-            line[_AVERAGE_WEIGHT.value] = bits
         average.note_moved(row.param for row, own in zip(rows, averages) if own is not None)
     table = torch.tensor(lines, dtype=torch.int64, pin_memory=device.type == "cuda")
     ints = table.to(device, non_blocking=True)
@@ -142,13 +145,20 @@ def _laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def _average_of(param: Tensor, average: WeightAverage | None) -> Tensor | None:
-    """A parameter's average, if it lies in memory as the parameter does."""
+    """A parameter's average, if it has the parameter's type, device and order in memory."""
     own = None if average is None else average.of(param)
-    return own if own is not None and _is_alike(param, own) else None
+    if own is None or (own.dtype, own.device) != (param.dtype, param.device):
+        return None
+    return own if _is_alike(param, own) else None
 
 
 def _table(
-    rows: list[Row], grads: list[Tensor], lrs: list[Tensor], averages: list[Tensor | None]
+    rows: list[Row],
+    grads: list[Tensor],
+    lrs: list[Tensor],
+    averages: list[Tensor | None],
+    *,
+    average_weight: float,
 ) -> tuple[list[list[int]], list[int]]:
     """The table's lines, and how many rows each tensor has."""
     lines, num_rows, first_row = [], [], 0
@@ -164,7 +174,7 @@ def _table(
         if param.ndim > 1:
             limits = [group["delta"] / math.sqrt(n) for n in (size, param.numel())]
         numbers = [*group["betas"], group["eps"], group["weight_decay"], group["wd_ratio"]]
-        numbers += [0.0, *limits]  # the average's weight is the same for all
+        numbers += [average_weight, *limits]
         bits = np.array(numbers, np.float64).view(np.int64).tolist()
         counts = [first_row, count, size, int(is_aligned), average_at]
         lines.append([*places, row.step.data_ptr(), lr.data_ptr(), *counts, *bits])

@@ -11,7 +11,8 @@ from wds_convnext.shards.classes import class_difference
 from wds_convnext.training.checkpoint import Facts
 from wds_convnext.training.distributed import World, gather_lists
 
-# Options that each rank may have its own of; what they come to is compared as data or environment.
+# Options that each rank may have its own of: what those of data and arithmetic come to is compared
+# as data or environment, the others change no weight.
 _OF_A_RANK = (
     "shards",
     "val_shards",

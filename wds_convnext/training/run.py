@@ -322,6 +322,7 @@ def _facts(
             "device": machine.device.type,
             "amp": machine.amp,
             "compiled": machine.compiled,
+            "cuda_graphs": machine.cuda_graphs,
             "num_threads": torch.get_num_threads(),
             "world_size": machine.world.size,
             **({"class_weights": weights_digest(weights)} if weights else {}),
