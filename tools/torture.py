@@ -84,7 +84,7 @@ def kill_a_worker(process: subprocess.Popen, rng: random.Random) -> bool:
         child
         for pid in (process.pid, *descendants(process.pid))
         for child in children(pid)
-        if b"wds_convnext" in command_line(pid) == command_line(child)
+        if b"wds_convnext" in command_line(pid) and command_line(pid) == command_line(child)
     ]
     if workers:
         os.kill(rng.choice(workers), signal.SIGKILL)

@@ -4,10 +4,11 @@
     python tools/bench/bench_step.py --shards data/train.json    # and ours fed by the loader
 
 The package need not be installed. A bare machine (Python 3.12 with torch, torchvision, timm and
-click, no network) gets what it lacks in a folder of 24 MB, which `make carried` fills:
+click, no network) gets what it lacks in a folder of 24 MB, which `make carried` fills, and a shard
+that `wds-convnext shards CIFAR10_PARQUET --out cifar` writes:
 
     PYTHONPATH=carried python tools/bench/bench_step.py --json steps.json
-    PYTHONPATH=carried python tools/bench/train_on_gpu.py carried/train-000.tar
+    PYTHONPATH=carried python tools/bench/train_on_gpu.py cifar/train-000.tar
 
 Contenders (`bench_step_contenders`), each with its own model, on the same synthetic batches in
 host memory:

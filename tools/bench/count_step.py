@@ -228,8 +228,8 @@ def main(model: str, batch_size: int, image_size: int, accumulate: int, amp: str
     counted, least = count_step(config, amp=amp), floors(config, amp=amp)
     rows = [(part, counted.operations[part], counted.bytes[part], least[part]) for part in least]
     total = counted.operations.total(), counted.bytes.total(), sum(least.values())
-    click.echo(f"{model}, {image_size} px, batch {batch_size} x {accumulate}, {amp}, an average: ")
-    click.echo("counted, not measured\n\n| part | operations | GB | floor, GB |")
+    setting = f"{model}, {image_size} px, batch {batch_size} x {accumulate}, {amp}, an average"
+    click.echo(f"{setting}: counted, not measured.\n\n| part | operations | GB | floor, GB |")
     click.echo("|---|---:|---:|---:|")
     for part, operations, moved, floor in [*rows, ("all", *total)]:
         click.echo(f"| {part} | {operations:,} | {moved / 1e9:,.2f} | {floor / 1e9:,.2f} |")

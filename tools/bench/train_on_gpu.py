@@ -1,8 +1,9 @@
 """A short training on this machine's GPU: against its CPU, and against itself resumed.
 
-    python tools/bench/train_on_gpu.py carried/train-000.tar
+    python tools/bench/train_on_gpu.py cifar/train-000.tar
 
-The package need not be installed; what a bare machine lacks, `make carried` gets (`bench_step`).
+`wds-convnext shards CIFAR10_PARQUET --out cifar` writes that shard. The package need not be
+installed; what a bare machine lacks, `make carried` gets (`bench_step`).
 First a few steps in float32, uncompiled, on the CPU and on the device: samples, crops, mixing and
 starting weights are the same, so what differs is rounding (a GPU's convolutions round to TF32).
 Then a run with the defaults of a user, twice: in one go, and stopped in mid-epoch and resumed, from
