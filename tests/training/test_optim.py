@@ -734,11 +734,12 @@ def compiled_run(shapes, *, backend, num_steps=6):
     return compiled, eager, num_graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "shapes"),
     [
         ("aot_eager", [(3, 5), (3, 5), (7,), (), (4, 2, 3, 3)]),
-        pytest.param("inductor", [(3, 5), (3, 5), (7,)], marks=pytest.mark.slow),
+        ("inductor", [(3, 5), (3, 5), (7,)]),
     ],
     ids=["traced", "generated"],
 )
