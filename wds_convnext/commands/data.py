@@ -33,7 +33,7 @@ def shards(src: str, **options: Any) -> None:
 
     SRC is a folder of class folders (photos/cat/1.jpg, or photos/train/cat/1.jpg), also as a zip
     or tar; a CSV, TSV or JSON lines file of paths and labels; parquet files: a folder of files
-    named {split}-00000-of-00013.parquet, a glob, or a comma list; or shards, to write them anew.
+    named {split}-00000-of-00013.parquet, a glob, or a comma list; or shards, to write them again.
     Every split in it is converted.
     Running the same command again finishes what was interrupted.
     """
