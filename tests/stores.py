@@ -44,6 +44,7 @@ class HostileStore(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # of 5, most of 64 connections at once would be tried again after 1 s
 
     def __init__(
         self,
