@@ -217,7 +217,7 @@ def show(name: str, rounds: list[dict], planned: float) -> None:
 @click.option("--workers", default=1, show_default=True)
 @click.option("--shuffle-buffer", "buffer", default=100_000, show_default=True)
 @click.option("--litdata", "litdata_python", help="A Python that has litdata.")
-@click.option("--only", help="A comma list of contenders. Default: all.")
+@click.option("--only", help="Contenders, separated by ;. Default: all.")
 def main(manifest: Path, litdata_python: str | None, only: str | None, **options) -> None:
     """Compare loaders on the shards of a local MANIFEST, served by a slow line."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
