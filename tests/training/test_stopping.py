@@ -87,6 +87,7 @@ def test_a_signal_during_a_validation_ends_it(
 ):
     """Within a batch; the resumed run validates first, and is as if it had never been stopped."""
     out, options = tmp_path / "run", LONG | {"--workers": workers}
+    signal.signal(signum, signal.SIG_DFL)  # under nohup the whole suite ignores SIGHUP
 
     with acting_when(lambda: has_ended_an_epoch(out), lambda: os.kill(os.getpid(), signum)):
         code, output, _ = train(capsys, long_validation, out, **options)

@@ -194,13 +194,7 @@ def _machine(config: DoctorConfig) -> Machine:
         UsageError: if the device is not there, or does not do what is asked for.
     """
     world, device = join_world(config.device)
-    machine = Machine.of(
-        world,
-        device,
-        amp=config.amp,
-        compile=config.compile,
-        cuda_graphs=config.cuda_graphs,
-    )
+    machine = Machine.for_training(world, device, config)
     if config.cuda_graphs:
         require_cuda_graphs(device, compiled=machine.compiled, num_ranks=config.ranks)
     return machine

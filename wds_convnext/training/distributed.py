@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from wds_convnext.config.groups.running import MachineOptions
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.options import warn
 from wds_convnext.training.compiler import require_compiler, require_cuda_graphs
@@ -70,6 +71,21 @@ class Machine:
             name = torch.cuda.get_device_name(device)
             warn(f"--amp bf16: {name} only emulates it, which is slow. Use --amp fp16.")
         return cls(world, device, choose_amp(amp, device), compiled, cuda_graphs)
+
+    @classmethod
+    def for_training(cls, world: World, device: torch.device, options: MachineOptions) -> "Machine":
+        """The machine as the options of a training ask for it.
+
+        Raises:
+            UsageError: if the device cannot do it.
+        """
+        return cls.of(
+            world,
+            device,
+            amp=options.amp,
+            compile=options.compile,
+            cuda_graphs=options.cuda_graphs,
+        )
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:

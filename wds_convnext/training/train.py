@@ -61,13 +61,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> int:
     world, device = join_world(config.device)
     try:
         config = with_pretrained(config)
-        machine = Machine.of(
-            world,
-            device,
-            amp=config.amp,
-            compile=config.compile,
-            cuda_graphs=config.cuda_graphs,
-        )
+        machine = Machine.for_training(world, device, config)
         with (
             claim(config, world, warn=warn) as rundir,
             node_cache(config, split_specs(shards, config.val_shards), world),
