@@ -1,5 +1,7 @@
 """The plan is a pure function, and what it fetches is the optimum."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,8 +28,8 @@ def in_use(plan, time):
     return set(plan.object[(plan.first <= time) & (time <= plan.last)].tolist())
 
 
-def fewest_fetches(plan, num_slots):
-    """The fewest objects that any policy can fetch: all choices are tried."""
+def fewest_bytes(plan, sizes, cache_bytes):
+    """The fewest bytes that any policy can fetch: all choices are tried."""
     costs = {frozenset(): 0}
     for use in np.argsort(plan.first, kind="stable"):
         number, time = int(plan.object[use]), plan.first[use]
@@ -36,11 +38,13 @@ def fewest_fetches(plan, num_slots):
         live = {n for n in in_use(plan, time) if n in set(plan.object[begun].tolist())} | {number}
         after = {}
         for held, cost in costs.items():
-            cost += number not in held
-            held = held | {number}
-            choices = [held] if len(held) <= num_slots else [held - {n} for n in held - live]
-            for choice in choices:
-                after[choice] = min(cost, after.get(choice, cost))
+            cost += 0 if number in held else sizes[number]
+            idle = held - live
+            for num_kept in range(len(idle) + 1):
+                for kept in itertools.combinations(idle, num_kept):
+                    choice = frozenset(kept) | (live & (held | {number}))
+                    if sum(sizes[n] for n in choice) <= cache_bytes:
+                        after[choice] = min(cost, after.get(choice, cost))
         costs = after
     return min(costs.values())
 
@@ -56,7 +60,24 @@ def test_no_policy_fetches_less_for_equal_sizes(plan, num_slots):
 
     fetched = simulate(plan, sizes, 10 * num_slots)
 
-    assert fetched.sum() == fewest_fetches(plan, num_slots)
+    assert 10 * fetched.sum() == fewest_bytes(plan, sizes, 10 * num_slots)
+
+
+def test_the_gap_to_the_optimum_for_unequal_sizes():
+    """Furthest next use is not optimal there. Of 500 random plans: printed, and as it was."""
+    rng, gaps = np.random.default_rng(0), []
+    while len(gaps) < 500:
+        number, first = rng.integers(0, 5, 10), rng.integers(0, 20, 10)
+        plan = Plan.of(number, first, first + rng.integers(0, 3, 10))
+        sizes = rng.integers(1, 10, 5)
+        cache_bytes = int(plan.peak_bytes(sizes) * rng.uniform(1, 1.5))
+        missing = simulate(plan, sizes, cache_bytes)
+        gaps.append(sizes[plan.object[missing]].sum() / fewest_bytes(plan, sizes, cache_bytes))
+
+    num_more, mean, most = sum(gap > 1 for gap in gaps), np.mean(gaps), max(gaps)
+    print(f"more bytes than the optimum in {num_more} of 500, mean {mean:.3f}, most {most:.2f}")
+    assert min(gaps) == 1
+    assert (num_more, round(mean, 3), round(most, 2)) == (36, 1.009, 1.4)
 
 
 @given(plans(), st.integers(0, 3), st.lists(st.integers(1, 9), min_size=5, max_size=5))
