@@ -112,11 +112,11 @@ def test_the_same_head_is_loaded_whole(tmp_path):
         "deit_tiny_distilled_patch16_224",
     ],
 )
-def test_a_head_of_another_size_is_left_fresh_and_said_so(tmp_path, name):
-    """All the rest is loaded; whatever the head is called, and where there are two."""
+def test_a_head_of_another_size_starts_at_zero_and_is_said_so(tmp_path, name):
+    """All the rest is loaded; whatever the head is called, and where there are two. All classes
+    are as likely at first, so nothing random goes through what others trained."""
     path = str(tmp_path / "weights.pth")
     source, model = make(name, num_classes=9, seed=1), make(name, seed=2)
-    before = copy.deepcopy(model.state_dict())
     torch.save(source.state_dict(), path)
 
     note = init_from(model, path)
@@ -124,12 +124,26 @@ def test_a_head_of_another_size_is_left_fresh_and_said_so(tmp_path, name):
     own, theirs = model.state_dict(), source.state_dict()
     head = [key for key in own if own[key].shape != theirs[key].shape]
     assert head
-    assert all(torch.equal(own[key], before[key]) for key in head)
+    assert not any(own[key].any() for key in head)
     assert_same_weights(own, theirs, without=head)
     assert note == (
         f"Started from {path}: {len(own) - len(head)} of {len(own)} tensors; "
-        f"left fresh, being of another size: {', '.join(head)}."
+        f"left fresh, at zero, being of another size: {', '.join(head)}."
     )
+
+
+def test_a_head_of_several_layers_stays_random(tmp_path):
+    """At zero, none of them would get a gradient."""
+    path = str(tmp_path / "weights.pth")
+    torch.save({k: v for k, v in make(seed=1).state_dict().items() if k not in HEAD}, path)
+    model = make(seed=2)
+    model.head.fc = nn.Sequential(nn.Linear(model.num_features, 8), nn.ReLU(), nn.Linear(8, 4))
+    before = copy.deepcopy(model.head.fc.state_dict())
+
+    note = init_from(model, path)
+
+    assert_same_weights(model.head.fc.state_dict(), before)
+    assert "; left fresh, being" in note
 
 
 def test_weights_without_a_head_are_loaded(tmp_path):
@@ -141,7 +155,7 @@ def test_weights_without_a_head_are_loaded(tmp_path):
 
     note = init_from(model, path)
 
-    assert note.endswith(f"left fresh, being of another size: {', '.join(HEAD)}.")
+    assert note.endswith(f"left fresh, at zero, being of another size: {', '.join(HEAD)}.")
     assert all(torch.equal(model.state_dict()[key], weights[key]) for key in weights)
 
 

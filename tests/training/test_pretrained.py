@@ -119,7 +119,7 @@ def test_a_folder_of_the_hubs_layout_gives_weights_pixels_and_arguments(tmp_path
 
     assert (config.model, config.model_arg) == ("test_convnext", ("ls_init_value=0.5",))
     assert (config.mean, config.crop_mode) == ("0.1,0.2,0.3", "squash")
-    assert "left fresh, being of another size: head.fc.weight, head.fc.bias" in note
+    assert "left fresh, at zero, being of another size: head.fc.weight, head.fc.bias" in note
     own = model.state_dict()
     assert all(torch.equal(own[k], v) for k, v in weights.items() if not k.startswith("head.fc"))
 

@@ -66,12 +66,17 @@ def read_weights(path: str, model: nn.Module, *, option: str = "--init-from") ->
     return Weights(best, class_names)
 
 
-def head_keys(model: nn.Module) -> list[str]:
-    """The names of the tensors of a timm model's classifier, or of both of a distilled one."""
+def heads(model: nn.Module) -> tuple[nn.Module, ...]:
+    """A timm model's classifier, or both of a distilled one; none if it has none."""
     classifier = getattr(model, "get_classifier", None)
     found = classifier() if classifier else ()
-    heads = found if isinstance(found, tuple) else (found,)
-    prefixes = tuple(name + "." for name, module in model.named_modules() if module in heads)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def head_keys(model: nn.Module) -> list[str]:
+    """The names of the tensors of a timm model's classifier, or of both of a distilled one."""
+    found = heads(model)
+    prefixes = tuple(name + "." for name, module in model.named_modules() if module in found)
     return [key for key in model.state_dict() if key.startswith(prefixes)]
 
 
