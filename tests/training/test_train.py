@@ -20,7 +20,6 @@ import timm
 import torch
 from conftest import TINY_RUN
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.models.convnext import ConvNeXtBlock
 from timm.optim import AdamP as TimmAdamP
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -46,7 +45,6 @@ from wds_convnext.training.compare import evaluate_checkpoint
 from wds_convnext.training.compiler import compile_model
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.log import RunLog
-from wds_convnext.training.model import create_model
 from wds_convnext.training.monitor import DeviceTimer, Gauges, peak_flops, training_flops
 from wds_convnext.training.optimizer import keep_lr_on_device
 from wds_convnext.training.schedule import lr_at, lr_schedule
@@ -655,29 +653,6 @@ def test_a_model_that_the_compiler_cuts_is_noticed(shards, tmp_path, capsys, mon
     train(run_config(shards, tmp_path, compile=True, max_steps=1))
 
     assert "the compiler cut the model into several graphs" in capsys.readouterr().out
-
-
-@pytest.mark.bits
-@pytest.mark.parametrize("autocast", [True, False])
-def test_blocks_hand_on_half_precision_under_autocast_and_nothing_else_changes(autocast):
-    """Every block's output is bf16 under autocast; in float32 the model is timm's bit for bit, and
-    under autocast near it; the state dict is timm's."""
-    torch.manual_seed(0)
-    ours = create_model("test_convnext", num_classes=NUM_CLASSES).eval()
-    plain = timm.create_model("test_convnext", num_classes=NUM_CLASSES).eval()
-    plain.load_state_dict(ours.state_dict())
-    dtypes = []
-    for module in ours.modules():
-        if isinstance(module, ConvNeXtBlock):
-            module.register_forward_hook(lambda block, args, output: dtypes.append(output.dtype))
-    images = torch.randn(2, 3, 32, 32)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits, of_timm = ours(images), plain(images)
-
-    assert set(dtypes) == {torch.bfloat16 if autocast else torch.float32}
-    tolerance = 2**-6 if autocast else 0  # bf16 has 8 bits
-    torch.testing.assert_close(logits, of_timm, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ class Classifier:
         self.machine = machine
         self.class_names = stored.class_names
         self.preprocessing = stored.preprocessing
-        self._model = stored.build().to(machine.device)
+        self._model = machine.place(stored.build())
         mean, std = self.preprocessing.mean, self.preprocessing.std
         self._normalizer = Normalizer(mean, std, machine.device)
 

@@ -99,7 +99,7 @@ def _evaluate_one(
     )
     if config.image_size is not None:
         check_image_size(model, config.image_size)
-    model = model.to(machine.device)
+    model = machine.place(model)
     about = {
         "model": stored.name,
         "weights": stored.weights,

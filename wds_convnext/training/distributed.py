@@ -13,11 +13,13 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from wds_convnext.config.groups.running import MachineOptions
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.options import warn
 from wds_convnext.training.compiler import require_compiler, require_cuda_graphs
+from wds_convnext.training.precision import keep_depthwise_in_float32
 
 Item = TypeVar("Item")
 
@@ -86,6 +88,12 @@ class Machine:
             compile=options.compile,
             cuda_graphs=options.cuda_graphs,
         )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model, moved to the device and made ready for its precision there."""
+        if self.device.type == "cpu" and self.amp != "off":
+            keep_depthwise_in_float32(model)
+        return model.to(self.device)
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:

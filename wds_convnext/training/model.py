@@ -12,6 +12,7 @@ from torch import nn
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError, did_you_mean, listing
 from wds_convnext.shards.classes import class_difference
+from wds_convnext.training.precision import hand_on_half_precision
 from wds_convnext.training.weights import head_keys, heads, read_weights
 
 
@@ -30,7 +31,6 @@ def create_model(
         UsageError: if timm has no such model, it takes no stochastic depth, or not the arguments.
     """
     import timm  # 1 s; what evaluates a config or prints help does not pay for it
-    from timm.models.convnext import ConvNeXtBlock
 
     import wds_convnext.training.thumbnet  # noqa: F401  registers it with timm
 
@@ -56,9 +56,7 @@ def create_model(
             f"--model-arg {' '.join(model_args)}: {name} does not take it ({reason}). "
             "Arguments are those of timm.create_model for this model."
         ) from None
-    for module in model.modules():
-        if isinstance(module, ConvNeXtBlock):
-            module.register_forward_hook(_to_autocast_dtype)
+    hand_on_half_precision(model)
     return model
 
 
@@ -119,20 +117,6 @@ def model_for(config: TrainConfig, *, num_classes: int) -> nn.Module:
         drop_path_rate=config.drop_path_rate,
         model_args=config.model_arg,
     )
-
-
-def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Under autocast, hand a block's output on in half precision.
-
-    The float32 LayerScale makes timm's output float32, and with it everything that the next
-    blocks read and save for the backward pass. Scale and sum stay float32; a compiler rounds in
-    the same pass over memory.
-    """
-    device_type = output.device.type
-    # Not `torch.amp.is_autocast_available`, which cuts the graph at every block before torch 2.12.
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return output.to(torch.get_autocast_dtype(device_type))
-    return output
 
 
 def check_image_sizes(model: nn.Module, config: TrainConfig) -> None:

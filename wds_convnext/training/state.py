@@ -247,7 +247,7 @@ def build_state(
     if config.freeze is not None:
         frozen_norms, note = freeze(model, config.freeze)
         notes.append(note)
-    model = model.to(machine.device).to(memory_format=torch.channels_last)
+    model = machine.place(model).to(memory_format=torch.channels_last)
     average = None
     if config.ema_decay:
         average = WeightAverage(model, decay=config.ema_decay, num_updates=0)

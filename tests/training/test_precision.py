@@ -1,0 +1,91 @@
+"""Where a model under autocast does otherwise than torch: as near to it as rounding."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models.convnext import ConvNeXtBlock
+from torch import nn
+
+from wds_convnext.training.distributed import Machine, World
+from wds_convnext.training.model import create_model
+
+NUM_CLASSES = 4
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("autocast", [True, False])
+def test_blocks_hand_on_half_precision_under_autocast_and_nothing_else_changes(autocast):
+    """Every block's output is bf16 under autocast; in float32 the model is timm's bit for bit, and
+    under autocast near it; the state dict is timm's."""
+    torch.manual_seed(0)
+    ours = create_model("test_convnext", num_classes=NUM_CLASSES).eval()
+    plain = timm.create_model("test_convnext", num_classes=NUM_CLASSES).eval()
+    plain.load_state_dict(ours.state_dict())
+    dtypes = []
+    for module in ours.modules():
+        if isinstance(module, ConvNeXtBlock):
+            module.register_forward_hook(lambda block, args, output: dtypes.append(output.dtype))
+    images = torch.randn(2, 3, 32, 32)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, of_timm = ours(images), plain(images)
+
+    assert set(dtypes) == {torch.bfloat16 if autocast else torch.float32}
+    tolerance = 2**-6 if autocast else 0  # bf16 has 8 bits
+    torch.testing.assert_close(logits, of_timm, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
+def test_on_a_cpu_depthwise_convolutions_compute_in_float32_under_autocast(name):
+    """They alone; the result is as near to float32's as torch's own, and the gradients flow."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=NUM_CLASSES).eval()
+    plain = copy.deepcopy(model)
+    placed = Machine(World(), torch.device("cpu"), "bf16").place(model)
+    dtypes = {True: set(), False: set()}
+    for module in placed.modules():
+        if isinstance(module, nn.Conv2d):
+            is_depthwise = 1 < module.groups == module.in_channels
+            module.register_forward_hook(
+                lambda conv, args, output, key=is_depthwise: dtypes[key].add(output.dtype)
+            )
+    images = torch.randn(2, 3, 32, 32)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, of_torch = placed(images), plain(images)
+    logits.sum().backward()
+
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert list(placed.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(logits, of_torch, rtol=2**-6, atol=2**-6)  # bf16 has 8 bits
+    assert all(parameter.grad is not None for parameter in placed.parameters())
+
+
+@pytest.mark.parametrize("device, amp", [("cpu", "off"), ("meta", "bf16")])
+def test_elsewhere_and_in_float32_a_model_is_placed_as_it_is(device, amp):
+    model = create_model("test_convnext", num_classes=NUM_CLASSES)
+
+    placed = Machine(World(), torch.device(device), amp).place(model)
+
+    assert placed is model
+    assert not any("forward" in vars(module) for module in placed.modules())
+    assert {p.device.type for p in placed.parameters()} == {device}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_with_its_own_weights(copied):
+    """Not with those of the model that it was copied from."""
+    torch.manual_seed(0)
+    model = create_model("test_convnext", num_classes=NUM_CLASSES).eval()
+    placed = Machine(World(), torch.device("cpu"), "bf16").place(model)
+    images = torch.randn(2, 3, 32, 32)
+    expected = placed(images)
+    clone = copied(placed)
+
+    for parameter in placed.parameters():
+        nn.init.zeros_(parameter)
+
+    assert torch.equal(clone(images), expected)
