@@ -72,6 +72,17 @@ def test_unknown_and_missing_facts_are_no_reason_to_refuse():
     assert facts == replace(FACTS, environment={}, config={}, val_shards=None)
 
 
+@pytest.mark.parametrize("amp, differs", [("off", False), ("bf16", True)])
+def test_a_run_from_before_depthwise_precision_was_named_says_what_differs(amp, differs):
+    """They were in half precision on a CPU, too."""
+    then = replace(FACTS, environment={"amp": amp})
+    now = replace(FACTS, environment={"amp": amp, "depthwise": "off"})
+
+    assert [(d.name, d.then, d.now) for d in then.differences(now)] == (
+        [("depthwise", "bf16", "off")] if differs else []
+    )
+
+
 @pytest.mark.parametrize(
     ("part", "name"),
     [

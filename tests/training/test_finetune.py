@@ -77,6 +77,37 @@ def test_the_head_has_its_own_learning_rate():
     assert lr_scales(model, TrainConfig()) == {}
 
 
+@pytest.mark.parametrize("optimizer", ["adamp", "adamw", "sgd", "muon", "lion"])
+def test_behind_a_fresh_classifier_layers_wait_a_step_and_then_learn(tmp_path, optimizer):
+    """The first gradient of everything before it is zero; after the second step weights have
+    moved, by finite amounts."""
+    path = str(tmp_path / "weights.pth")
+    torch.save(create_model("test_resnet", num_classes=9).state_dict(), path)
+    state, recipe = make_step(
+        model="test_resnet", init_from=path, optimizer=optimizer, weight_decay=0.0
+    )
+    assert not state.model.fc.weight.any()
+    before = copy.deepcopy(state.model.state_dict())
+    moved = []
+    for _ in range(2):
+        train_step(state, [make_batch(32)], lr=1e-2, recipe=recipe)
+        moved.append(not torch.equal(state.model.conv1[0].weight, before["conv1.0.weight"]))
+
+    assert moved == [False, True]
+    assert all(p.isfinite().all() for p in state.model.parameters())
+
+
+def test_a_fresh_classifier_is_not_frozen(tmp_path):
+    """Nothing behind it would learn; one that was loaded may be."""
+    for num_classes in (9, 4):
+        path = str(tmp_path / f"weights-{num_classes}.pth")
+        torch.save(create_model("test_convnext", num_classes=num_classes).state_dict(), path)
+
+    with pytest.raises(UsageError, match=r"--freeze head: finds head\.fc\.weight, which is fresh"):
+        make_step(freeze="head", init_from=str(tmp_path / "weights-9.pth"))
+    make_step(freeze="head", init_from=str(tmp_path / "weights-4.pth"))
+
+
 def test_a_step_moves_each_group_by_its_own_rate():
     state, recipe = make_step(head_lr=8e-3, lr=4e-3)
 

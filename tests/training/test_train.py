@@ -45,11 +45,12 @@ from wds_convnext.training.compare import evaluate_checkpoint
 from wds_convnext.training.compiler import compile_model
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.log import RunLog
+from wds_convnext.training.model import create_model
 from wds_convnext.training.monitor import DeviceTimer, Gauges, peak_flops, training_flops
 from wds_convnext.training.optimizer import keep_lr_on_device
 from wds_convnext.training.schedule import lr_at, lr_schedule
 from wds_convnext.training.state import build_state
-from wds_convnext.training.step import build_recipe, eager_loss, train_step
+from wds_convnext.training.step import build_recipe, step_loss, train_step
 from wds_convnext.training.train import train
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -620,12 +621,17 @@ class Scaled(nn.Module):
 def test_a_compiled_model_that_computes_something_else_is_noticed(
     shards, tmp_path, capsys, monkeypatch, factor, is_wrong
 ):
-    """Logits of another size, or NaN, on the first batch; a faithful one is not warned about."""
+    """Logits of another size, or NaN, on the first batch; a faithful one is not warned about. Also
+    where a fresh classifier's logits are 0 whatever comes before it, and it is left at 0."""
     monkeypatch.setattr(torch, "compile", lambda model, **_: Scaled(model, factor))
-    with contextlib.suppress(TrainingError):  # NaN ends the run as well
-        train(run_config(shards, tmp_path, compile=True, max_steps=1))
+    weights = create_model("test_convnext", num_classes=NUM_CLASSES + 1).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    for options in ({}, {"init_from": str(tmp_path / "weights.pth")}):
+        config = run_config(shards, tmp_path, compile=True, max_steps=1, overwrite=True, **options)
+        with contextlib.suppress(TrainingError):  # NaN ends the run as well
+            train(config)
 
-    assert ("Do not trust this run" in capsys.readouterr().out) == is_wrong
+        assert ("Do not trust this run" in capsys.readouterr().out) == is_wrong
 
 
 def in_two(logits: torch.Tensor) -> torch.Tensor:
@@ -696,10 +702,12 @@ def test_the_real_compiler_agrees_with_eager_also_on_dropped_paths():
     recipe = replace(recipe, forward=compile_model(state.model))
     batches = [make_batch(0)]
 
-    of_another_seed = eager_loss(state, batches, replace(recipe, seed=1))
-    eager = eager_loss(state, batches, recipe)
+    of_another_seed = step_loss(state, batches, replace(recipe, seed=1), compiled=False)
+    eager = step_loss(state, batches, recipe, compiled=False)
+    compiled = step_loss(state, batches, recipe, compiled=True)
     loss = train_step(state, batches, lr=1e-3, recipe=recipe)
 
+    assert torch.equal(loss, compiled)
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
     assert abs(of_another_seed - eager) > 1e-3
 

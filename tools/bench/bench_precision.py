@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python tools/bench/bench_precision.py --shards cifar/train.json
 
 Under autocast timm's ConvNeXt hands a float32 tensor from block to block, ours a bf16 one
-(`model.create_model`). Each seed gives the starting weights; batches and draws are the same for
+(`training/precision.py`). Each seed gives the starting weights; batches and draws are the same for
 all. From each start four runs are made, and compared over the second half of their steps:
 
 - plain: timm's model under autocast to bf16;
@@ -22,6 +22,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -83,10 +84,12 @@ def losses_of(
 ) -> list[float]:
     """The losses of one run over the batches."""
     machine = Machine(World(), torch.device("cpu"), amp)
-    if is_timms:
-        with patch("wds_convnext.training.model.create_model", timms_model):
-            state, _ = build_state(config, num_classes=num_classes, machine=machine)
-    else:
+    # The CPU stands for a GPU, where depthwise convolutions are in bf16, too.
+    with ExitStack() as patched:
+        where = "wds_convnext.training."
+        patched.enter_context(patch(where + "distributed.keep_depthwise_in_float32"))
+        if is_timms:
+            patched.enter_context(patch(where + "model.create_model", timms_model))
         state, _ = build_state(config, num_classes=num_classes, machine=machine)
     if change:
         change(state.model)

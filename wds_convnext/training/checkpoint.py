@@ -110,6 +110,8 @@ class Facts:
             then, now = getattr(self, part), getattr(other, part)
             if part in ("preprocessing", "data", "environment", "config"):
                 then, now = _plain(then), _plain(now)
+                if part == "environment" and "amp" in then:  # what it was before it had a name
+                    then = {"depthwise": then["amp"], **then}
                 for name in (name for name in then if name in now):
                     if then[name] != now[name]:
                         yield Difference(part, name, then[name], now[name])

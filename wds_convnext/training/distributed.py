@@ -91,9 +91,14 @@ class Machine:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model, moved to the device and made ready for its precision there."""
-        if self.device.type == "cpu" and self.amp != "off":
+        if self.depthwise_amp != self.amp:
             keep_depthwise_in_float32(model)
         return model.to(self.device)
+
+    @property
+    def depthwise_amp(self) -> str:
+        """The precision of depthwise convolutions: off, bf16 or fp16."""
+        return "off" if self.device.type == "cpu" else self.amp
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import UsageError, did_you_mean, listing
-from wds_convnext.training.weights import head_keys
+from wds_convnext.training.head import head_keys
 
 
 def freeze(model: nn.Module, pattern: str) -> tuple[tuple[nn.Module, ...], str]:

@@ -14,12 +14,13 @@ from wds_convnext.stream.stream import Batch
 from wds_convnext.training.batchsheet import BatchSheet, captions
 from wds_convnext.training.compiler import Compiled, compiled_so_far
 from wds_convnext.training.evaluate import Evaluation
+from wds_convnext.training.head import head_filled
 from wds_convnext.training.log import RunLog, Stopwatch
 from wds_convnext.training.monitor import tracing
 from wds_convnext.training.remote import fetched
 from wds_convnext.training.rundir import RunDir
 from wds_convnext.training.state import Interval
-from wds_convnext.training.step import augment_on_device, eager_loss, rehearse, train_step
+from wds_convnext.training.step import augment_on_device, rehearse, step_loss, train_step
 from wds_convnext.training.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -148,9 +149,12 @@ def _first_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> 
 def _first_compiled_step(run: "Run", batches: list[Batch], *, lr: float, log: RunLog) -> None:
     """Train one step, and hold the compiler against what it should have done."""
     state, recipe = run.state, run.recipe
-    eager = eager_loss(state, batches, recipe)
-    loss = train_step(state, batches, lr=lr, recipe=recipe)
-    compiled, uncompiled = loss.item(), eager.item()
+    with head_filled(state.model):
+        compiled, uncompiled = (
+            step_loss(state, batches, recipe, compiled=compiled).item()
+            for compiled in (True, False)
+        )
+    train_step(state, batches, lr=lr, recipe=recipe)
     if not abs(compiled - uncompiled) <= _COMPILED_TOLERANCE * abs(uncompiled):
         log.say(
             f"Warning: the compiled model's first loss is {compiled:.6g}, the uncompiled "

@@ -41,6 +41,7 @@ def memory_needs(config: TrainConfig, *, amp: str) -> MemoryNeeds:
         plain = model_for(config, num_classes=1000)  # the classifier hardly counts
     if config.freeze is not None:
         freeze(plain, config.freeze)
+    # Not placed by the machine: it is a GPU's memory that is asked for.
     with FakeTensorMode():  # on the CPU by name, which autocast knows, and without data
         copies: dict[int, Any] = {id(b): torch.empty(b.shape) for b in plain.buffers()}
         for p in plain.parameters():

@@ -12,8 +12,9 @@ from torch import nn
 from wds_convnext.config import TrainConfig
 from wds_convnext.errors import CheckpointError, UsageError, did_you_mean, listing
 from wds_convnext.shards.classes import class_difference
+from wds_convnext.training.head import head_keys, start_at_zero
 from wds_convnext.training.precision import hand_on_half_precision
-from wds_convnext.training.weights import head_keys, heads, read_weights
+from wds_convnext.training.weights import read_weights
 
 
 def create_model(
@@ -210,8 +211,8 @@ def init_from(
     """Start from a file of weights (`.pt`, `.pth`, `.safetensors`), see `read_weights`.
 
     A classifier of other classes is left fresh: of another number, or of other names or their
-    order, where these are known. It starts at zero, see `_start_at_zero`. Tensors of modules that
-    the model does not have, of a teacher or a loss, are left out if everything else fits.
+    order, where these are known. It starts at zero (`head.start_at_zero`). Tensors of modules
+    that the model does not have, of a teacher or a loss, are left out if everything else fits.
 
     Args:
         source: what --pretrained named, if it did; else the file is that of --init-from.
@@ -242,27 +243,10 @@ def init_from(
     model.load_state_dict(fits, strict=False)
     fresh = [key for key in own if key not in fits]
     order = ", by their order, as the names are others" * found.in_order
-    at_zero = ", at zero" * _start_at_zero(model, fresh)
+    at_zero = ", at zero" * start_at_zero(model, fresh)
     left = f"; left fresh{at_zero}, being {reason}: {', '.join(fresh)}" if fresh else ""
     unused = f"; left out, being no part of the model: {listing(left_out)}" if left_out else ""
     return f"Started from {source or path}: {len(fits)} of {len(own)} tensors{order}{left}{unused}."
-
-
-def _start_at_zero(model: nn.Module, fresh: Sequence[str]) -> bool:
-    """Set a fresh classifier's weights to zero; whether there was one that could be.
-
-    Random ones send random gradients through layers that others trained, before they have
-    learned anything: timm draws EfficientNet's so that the loss of 10 classes starts at 5 in place
-    of 2.3, which cost 9 points after 9,000 images. At zero the classifier learns first, as in BiT
-    (Kolesnikov et al. 2020, arXiv:1912.11370, section 3.3). A classifier of several layers stays
-    random: two at zero would never learn.
-    """
-    layers = [head for head in heads(model) if type(head) in (nn.Linear, nn.Conv2d)]
-    names = {name for name, module in model.named_modules() if module in layers}
-    zeroed = [key for key in fresh if key.rpartition(".")[0] in names]
-    for key in zeroed:
-        nn.init.zeros_(model.get_parameter(key))
-    return bool(zeroed)
 
 
 def _misfit(

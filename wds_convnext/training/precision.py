@@ -1,4 +1,4 @@
-"""Where a model under autocast does otherwise than torch by itself, which is for speed alone."""
+"""Where a model under autocast departs from what torch does, for speed."""
 
 from collections.abc import Callable
 from functools import partial

@@ -14,6 +14,7 @@ from wds_convnext.stream.stream import Batch
 from wds_convnext.training.distributed import Machine, World, gather_lists
 from wds_convnext.training.ema import WeightAverage
 from wds_convnext.training.finetune import freeze
+from wds_convnext.training.head import check_frozen_head
 from wds_convnext.training.model import (
     check_batch_of_one,
     check_image_sizes,
@@ -246,6 +247,7 @@ def build_state(
         notes.append(load_pretrained(model, config, class_names=class_names))
     if config.freeze is not None:
         frozen_norms, note = freeze(model, config.freeze)
+        check_frozen_head(model, config.freeze)
         notes.append(note)
     model = machine.place(model).to(memory_format=torch.channels_last)
     average = None

@@ -167,14 +167,21 @@ def _loss(
         return recipe.loss(forward(images), targets)
 
 
-@torch.no_grad()
-def eager_loss(state: TrainState, batches: list[Batch], recipe: StepRecipe) -> torch.Tensor:
-    """What `train_step` would return if the model were not compiled; changes nothing."""
+def step_loss(
+    state: TrainState, batches: list[Batch], recipe: StepRecipe, *, compiled: bool
+) -> torch.Tensor:
+    """What `train_step` would return, with the compiler or without it; changes nothing."""
+    forward = recipe.forward if compiled else state.model
     state.enter_train_mode()
     buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
-    losses = [
-        _loss(state.model, state, batch, micro, recipe) for micro, batch in enumerate(batches)
-    ]
+    losses = []
+    for micro, batch in enumerate(batches):
+        with torch.set_grad_enabled(compiled):
+            loss = _loss(forward, state, batch, micro, recipe)
+        if compiled:  # the graph of a step has both passes
+            loss.backward()
+        losses.append(loss.detach())
+    state.optimizer.zero_grad(set_to_none=True)
     for buffer, before in buffers:
         buffer.copy_(before)
     return sum_over_ranks(torch.stack(losses).mean(), recipe.world) / recipe.world.size

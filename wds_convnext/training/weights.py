@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wds_convnext.errors import CheckpointError
+from wds_convnext.training.head import head_keys
 
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # torch.compile's, DistributedDataParallel's
 _TORCHVISION_CONVNEXT = {
@@ -64,20 +65,6 @@ def read_weights(path: str, model: nn.Module, *, option: str = "--init-from") ->
     if weights and not best.keys() & own.keys() and (renamed := _by_order(weights, own, heads)):
         return Weights(renamed, class_names, in_order=True)
     return Weights(best, class_names)
-
-
-def heads(model: nn.Module) -> tuple[nn.Module, ...]:
-    """A timm model's classifier, or both of a distilled one; none if it has none."""
-    classifier = getattr(model, "get_classifier", None)
-    found = classifier() if classifier else ()
-    return found if isinstance(found, tuple) else (found,)
-
-
-def head_keys(model: nn.Module) -> list[str]:
-    """The names of the tensors of a timm model's classifier, or of both of a distilled one."""
-    found = heads(model)
-    prefixes = tuple(name + "." for name, module in model.named_modules() if module in found)
-    return [key for key in model.state_dict() if key.startswith(prefixes)]
 
 
 def _by_order(
