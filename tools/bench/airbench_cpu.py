@@ -5,13 +5,15 @@
 Its code, a checkout of KellerJordan/cifar10-airbench, is imported as it is. What needs a GPU is
 replaced while it runs: half precision is float32, the GPU is the CPU, and an event on the GPU's
 clock is CPU time of this process. Images are the decoded JPEGs of the shards. Each epoch's line
-ends with the CPU seconds of training so far, evaluation left out.
+ends with the CPU seconds of training so far, evaluation left out; the last line's have the
+evaluation of six views in them, too.
 """
 
 import os
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -50,17 +52,16 @@ def run_on_cpu() -> None:
 def write_images(spec: str, path: Path) -> None:
     """A split's images, uint8 (N, 32, 32, 3), and labels, as airbench reads them."""
     dataset = open_dataset(spec)
-    reader = SampleReader(dataset)
-    samples = [
-        reader.read(number) for number in track(range(len(dataset)), dataset.split, unit="images")
-    ]
+    numbers = track(range(len(dataset)), dataset.split, unit="images")
+    with closing(SampleReader(dataset)) as reader:
+        samples = [reader.read(number) for number in numbers]
     images = torch.stack([torch.from_numpy(decode_rgb(data).copy()) for data, _ in samples])
     labels = torch.tensor([label for _, label in samples])
     classes = list(dataset.class_names)
     torch.save({"images": images, "labels": labels, "classes": classes}, path)
 
 
-@click.command()
+@click.command(help=__doc__.partition("\n")[0])
 @click.argument("airbench", type=click.Path(exists=True, file_okay=False, resolve_path=True))
 @click.argument("train")
 @click.argument("test")

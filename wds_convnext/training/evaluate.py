@@ -187,7 +187,8 @@ def evaluate(
         preprocessing: what the model was trained with; by default 224 px, center crop of 0.875,
             ImageNet's mean and std.
         workers: loader processes; by default one per CPU core, at most 16.
-        amp: `off`, `bf16`, `fp16` or `auto`.
+        amp: `off`, `bf16`, `fp16` or `auto`. The model is taken as it is: `wds-convnext eval`
+            keeps depthwise convolutions in float32 on a CPU, see `precision`.
         max_bad_samples: share of the split that may fail to decode and is left out, 0..1.
     Raises:
         UsageError: if the device cannot do `amp`, or the model has fewer classes than the split.
