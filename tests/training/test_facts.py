@@ -16,9 +16,10 @@ from wds_convnext.stream.stream import ShardStream
 from wds_convnext.stream.transforms import EvalTransform, Preprocessing, TrainTransform
 from wds_convnext.training.checkpoint import DataFacts, Facts, load_checkpoint, save_checkpoint
 from wds_convnext.training.compare import evaluate_checkpoint
-from wds_convnext.training.distributed import announced_world
+from wds_convnext.training.distributed import Machine, World, announced_world
 from wds_convnext.training.fitting import check_resumable
 from wds_convnext.training.model import create_model
+from wds_convnext.training.precision import CPU_CONVOLUTIONS
 from wds_convnext.training.step import train_step
 from wds_convnext.training.train import train
 
@@ -73,13 +74,14 @@ def test_unknown_and_missing_facts_are_no_reason_to_refuse():
 
 
 @pytest.mark.parametrize("amp, differs", [("off", False), ("bf16", True)])
-def test_a_run_from_before_depthwise_precision_was_named_says_what_differs(amp, differs):
-    """They were in half precision on a CPU, too."""
+def test_a_run_from_before_convolutions_were_named_says_what_differs(amp, differs):
+    """They were torch's, in half precision on a CPU, too."""
+    machine = Machine(World(), torch.device("cpu"), amp)
     then = replace(FACTS, environment={"amp": amp})
-    now = replace(FACTS, environment={"amp": amp, "depthwise": "off"})
+    now = replace(FACTS, environment={"amp": amp, "convolutions": machine.convolutions})
 
     assert [(d.name, d.then, d.now) for d in then.differences(now)] == (
-        [("depthwise", "bf16", "off")] if differs else []
+        [("convolutions", "torch's", CPU_CONVOLUTIONS)] if differs else []
     )
 
 

@@ -6,6 +6,8 @@ import pickle
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
@@ -77,6 +79,42 @@ def test_on_a_cpu_depthwise_convolutions_compute_in_float32_under_autocast(
     errors = [(one - exact).abs().mean() for one in (logits, of_torch)]
     assert errors[0] <= 1.2 * errors[1]
     assert all(parameter.grad is not None for parameter in placed.parameters())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    batch=st.integers(1, 9),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    kernel=st.sampled_from([(1, 1), (1, 3), (3, 1), (3, 3), (5, 3)]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_gradients_over_rows_of_images_are_those_of_each_image(
+    batch, height, width, kernel, bias, seed
+):
+    """Bit for bit, where nothing is rounded before the end: whole numbers, sums below 2**24."""
+    torch.manual_seed(seed)
+    padding = tuple(side // 2 for side in kernel)
+    plain = nn.Conv2d(3, 4, kernel, padding=padding, bias=bias)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    ours = Machine(World(), torch.device("cpu"), "bf16").place(copy.deepcopy(plain))
+    images = torch.randint(-2, 3, (batch, 3, height, width)).float()
+    inputs, outputs = [], []
+    for conv in (ours, plain):
+        inputs.append(images.clone().requires_grad_())
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(conv(inputs[-1]))
+    gradient = torch.randint(-2, 3, outputs[0].shape).to(outputs[0].dtype)
+    for output in outputs:
+        output.backward(gradient)
+
+    assert torch.equal(*outputs) and outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for one, of_torch in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, of_torch.grad)
 
 
 @pytest.mark.parametrize("device, amp", [("cpu", "off"), ("meta", "bf16")])

@@ -19,6 +19,7 @@ import torch
 from wds_convnext.errors import CheckpointError
 from wds_convnext.files import replacing, unwritable
 from wds_convnext.stream.transforms import Preprocessing
+from wds_convnext.training.precision import TORCHS_CONVOLUTIONS
 
 FORMAT = 1
 _TRAILER = b"\nsha256:"  # of version 0.1.0
@@ -110,8 +111,8 @@ class Facts:
             then, now = getattr(self, part), getattr(other, part)
             if part in ("preprocessing", "data", "environment", "config"):
                 then, now = _plain(then), _plain(now)
-                if part == "environment" and "amp" in then:  # what it was before it had a name
-                    then = {"depthwise": then["amp"], **then}
+                if part == "environment":  # what they were before they had a name
+                    then = {"convolutions": TORCHS_CONVOLUTIONS, **then}
                 for name in (name for name in then if name in now):
                     if then[name] != now[name]:
                         yield Difference(part, name, then[name], now[name])

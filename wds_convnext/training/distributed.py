@@ -19,7 +19,12 @@ from wds_convnext.config.groups.running import MachineOptions
 from wds_convnext.errors import TrainingError, UsageError, WdsConvnextError
 from wds_convnext.options import warn
 from wds_convnext.training.compiler import require_compiler, require_cuda_graphs
-from wds_convnext.training.precision import keep_depthwise_in_float32
+from wds_convnext.training.precision import (
+    CPU_CONVOLUTIONS,
+    TORCHS_CONVOLUTIONS,
+    keep_depthwise_in_float32,
+    sum_over_rows_of_images,
+)
 
 Item = TypeVar("Item")
 
@@ -91,14 +96,16 @@ class Machine:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model, moved to the device and made ready for its precision there."""
-        if self.depthwise_amp != self.amp:
+        if self.convolutions == CPU_CONVOLUTIONS:
             keep_depthwise_in_float32(model)
+            sum_over_rows_of_images(model)
         return model.to(self.device)
 
     @property
-    def depthwise_amp(self) -> str:
-        """The precision of depthwise convolutions: off, bf16 or fp16."""
-        return "off" if self.device.type == "cpu" else self.amp
+    def convolutions(self) -> str:
+        """How convolutions are computed."""
+        half_on_a_cpu = self.device.type == "cpu" and self.amp != "off"
+        return CPU_CONVOLUTIONS if half_on_a_cpu else TORCHS_CONVOLUTIONS
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:

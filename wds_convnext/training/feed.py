@@ -1,7 +1,5 @@
 """From a stream to the step: loader workers, and the copy to the device."""
 
-import ctypes
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 
@@ -11,11 +9,10 @@ from wds_convnext.storage.layout import checking_while_waiting
 from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.stream import Batch, ShardStream, Stream
 from wds_convnext.stream.workers import num_workers
+from wds_convnext.training.allocator import keep_freed_memory
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.remote import Pace
 from wds_convnext.training.stopping import StopVote
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 @contextmanager
@@ -53,18 +50,6 @@ def loading(
         paced = pace.over(batches) if pace else batches
         on_device = prefetch_to_device(paced, machine.device)
         yield vote.agreed(on_device) if vote else on_device
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep for the next batch what one frees, instead of returning it to the system.
-
-    Large tensors come from `mmap` otherwise, and each of their pages faults in again each time.
-    Elsewhere than with glibc this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
-            mallopt(parameter, value)
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

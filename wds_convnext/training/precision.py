@@ -2,9 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+# How convolutions are computed, a fact of each run: torch's way, or ours under autocast on a CPU.
+TORCHS_CONVOLUTIONS = "torch's"
+CPU_CONVOLUTIONS = "depthwise in float32, weight gradients over rows of images"
+_SMALL = 10  # pixels of a map's width; at 12 wider rows gain a seventh, at 14 they lose
+_WIDE = 64  # pixels of a row of maps; 32: as fast, for maps of 3 a third slower
 
 
 def hand_on_half_precision(model: nn.Module) -> None:
@@ -48,3 +56,78 @@ def _in_float32(
 ) -> torch.Tensor:
     with torch.autocast("cpu", enabled=False):
         return forward(maps.float())
+
+
+def sum_over_rows_of_images(model: nn.Module) -> None:
+    """Have dense convolutions find their weights' gradients on images side by side, if small.
+
+    For autocast on a CPU. oneDNN sums these gradients along one row of a map at a time, and of a
+    tile of AMX, 32 places, a row of 7 or 3 fills a fifth or a tenth (docs/benchmarks.md, "Half
+    precision on a CPU"). What is summed stays the same.
+    """
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _keeps_size(module):
+            module.forward = partial(_small_or_not, module.forward)  # type: ignore[method-assign]
+
+
+def _keeps_size(conv: nn.Conv2d) -> bool:
+    """Whether it is dense and looks around each place of a map, at zeros outside."""
+    return (
+        conv.groups == 1
+        and conv.stride == conv.dilation == (1, 1)
+        and all(side % 2 for side in conv.kernel_size)
+        and conv.padding == tuple(side // 2 for side in conv.kernel_size) != (0, 0)
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _small_or_not(
+    forward: Callable[[torch.Tensor], torch.Tensor], maps: torch.Tensor
+) -> torch.Tensor:
+    conv: nn.Conv2d = forward.__self__  # type: ignore[attr-defined]  # a copy's is the copied one
+    if maps.shape[-1] > _SMALL or not torch.is_autocast_enabled("cpu"):
+        return forward(maps)
+    dtype = torch.get_autocast_dtype("cpu")
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    return _SummedOverRows.apply(maps.to(dtype), conv.weight.to(dtype), bias)
+
+
+class _SummedOverRows(torch.autograd.Function):
+    """A convolution that keeps the size of its maps, (B, C, H, W) -> (B, D, H, W)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, maps: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(maps, weight)
+        return F.conv2d(maps, weight, bias, padding=_padding(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        maps, weight = ctx.saved_tensors
+        of_maps, of_weight, of_bias = ctx.needs_input_grad
+        backward = partial(
+            torch.ops.aten.convolution_backward,
+            bias_sizes=[len(weight)],
+            stride=[1, 1],
+            padding=_padding(weight),
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=1,
+        )
+        first = backward(gradient, maps, weight, output_mask=[of_maps, False, of_bias])
+        rows = [_side_by_side(tensor, weight.shape[-1] // 2) for tensor in (gradient, maps)]
+        second = backward(*rows, weight, output_mask=[False, of_weight, False])
+        return first[0], second[1], first[2]
+
+
+def _padding(weight: torch.Tensor) -> list[int]:
+    return [side // 2 for side in weight.shape[2:]]
+
+
+def _side_by_side(maps: torch.Tensor, gap: int) -> torch.Tensor:
+    """Maps (B, C, H, W) as fewer and wider ones, channels last, with zeros right of each map."""
+    count = _WIDE // (maps.shape[-1] + gap)
+    maps = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, gap, 0, 0, 0, -len(maps) % count))
+    return maps.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3).permute(0, 3, 1, 2)

@@ -321,7 +321,7 @@ def _facts(
             "decoder": decoder_versions(config.decoder),
             "device": machine.device.type,
             "amp": machine.amp,
-            "depthwise": machine.depthwise_amp,
+            "convolutions": machine.convolutions,
             "compiled": machine.compiled,
             "cuda_graphs": machine.cuda_graphs,
             "num_threads": torch.get_num_threads(),

@@ -1,9 +1,10 @@
-"""A training step on a CPU in float32, in bf16 all through, and in bf16 as ours.
+"""A training step on a CPU in float32, in torch's bf16, and in bf16 as ours.
 
-    OMP_NUM_THREADS=1 python tools/bench/bench_depthwise.py convnext_atto --image-size 64
-    OMP_NUM_THREADS=1 python tools/bench/bench_depthwise.py convnext_atto --model-arg patch_size=1
+    OMP_NUM_THREADS=1 python tools/bench/bench_convolutions.py convnext_atto --image-size 64
+    OMP_NUM_THREADS=1 python tools/bench/bench_convolutions.py thumbnet --batch-size 256
 
-Ours keeps depthwise convolutions in float32. Forward and backward pass of random images, without
+Ours keeps depthwise convolutions in float32, and finds the weights' gradients of small maps on
+rows of images. Forward and backward pass of random images, without
 optimizer; images per CPU second, each variant once per round, forth and back, ratios taken round
 by round.
 """
@@ -31,9 +32,9 @@ def main(
 ) -> None:
     images = torch.randn(batch_size, 3, image_size, image_size)
     images = images.contiguous(memory_format=torch.channels_last)
-    variants = {  # precision, and whether depthwise convolutions are left out of it
+    variants = {  # precision, and whether convolutions are ours
         "float32": ("off", False),
-        "bf16 all through": ("bf16", False),
+        "torch's bf16": ("bf16", False),
         "ours": ("bf16", True),
     }
     steps = {name: build_step(model, model_arg, images, *how) for name, how in variants.items()}
