@@ -1,10 +1,14 @@
 """The help: every option under its heading with a sentence, every example a command line."""
 
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
+from conftest import HANG_S
+from test_cli import call
 from test_option_values import CONFIGS
 from test_options import tiny_command
 
@@ -80,3 +84,37 @@ def test_every_option_says_what_it_is_for(config_class):
         kind = spec.metadata["type"]
         if kind is not None and spec.default not in (None, ()):
             assert kind.convert(spec.default, None, None) == spec.default, spec.name
+
+
+def test_help_is_complete_grouped_and_instant(capsys):
+    """Every heading; and in a process of its own it takes no torch."""
+    code, out, _ = call(capsys, "train", "--help")
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfrom wds_convnext.cli import commands\n"
+            "commands(['train', '--help'], standalone_mode=False)\n"
+            "print([m for m in ('torch', 'timm', 'webdataset', 'pyarrow') if m in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=HANG_S,
+    )
+
+    assert code == 0
+    for heading in ("Data:", "Augmentation:", "Model:", "Optimization:", "Machine:", "Run:"):
+        assert heading in out
+    assert loaded.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_list_of_commands_fits_80_columns(capsys, monkeypatch):
+    """Each with its whole sentence."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    code, out, _ = call(capsys, "--help")
+
+    assert code == 0 and "  predict  " in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "..." not in out.partition("Commands:")[2]

@@ -1,11 +1,13 @@
 """Models by name: with the classes asked for, or an answer in one line."""
 
 import pytest
+import timm
 import torch
 from test_model import make
 
 from wds_convnext.errors import UsageError
 from wds_convnext.training.model import check_image_size, create_model
+from wds_convnext.training.modelnames import check_model_name, model_names
 
 
 @pytest.mark.bits
@@ -61,3 +63,16 @@ def test_an_image_size_that_a_model_cannot_take_is_found_at_once():
             check_image_size(make(name), size)
     check_image_size(make("test_vit"), 160)
     check_image_size(make(), 64)
+
+
+def test_names_of_models_are_known_without_importing_them():
+    """Exactly timm's and ours; a tag, and a name that timm still maps to another, are taken."""
+    names, _ = model_names()
+    packages = {name: timm.model_entrypoint(name).__module__ for name in timm.list_models()}
+
+    assert names - {"thumbnet"} == {n for n, where in packages.items() if where.startswith("timm.")}
+    check_model_name("thumbnet")
+    check_model_name("convnext_tiny.fb_in22k")
+    check_model_name("convnext_tiny_in22ft1k")
+    with pytest.raises(UsageError, match="timm has no such model. Did you mean convnext_base"):
+        check_model_name("convnext_bas")
