@@ -132,6 +132,17 @@ def start_method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
+def one_thread():
+    """Sums over one thread have one order; equal bits are promised for that alone."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
 def no_workers_left():
     """Ends the workers that a failed iteration left to its traceback."""
     yield

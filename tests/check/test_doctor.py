@@ -1,39 +1,19 @@
-"""Each rule of the doctor finds what it is about, and nothing where that is right."""
+"""Each of the doctor's rules about data finds what it is about, and nothing where that is right."""
 
 import io
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import encode_image, write_tar
 from PIL import Image
 
 from wds_convnext.check import doctor as module
 from wds_convnext.check.case import Case, Finding
-from wds_convnext.check.doctor import Check, doctor
-from wds_convnext.check.machine import (
-    MACHINE_RULES,
-    checkpoint_bytes,
-    disk_space,
-    full_size_images,
-    loader_rate,
-    precision,
-    shard_count,
-)
+from wds_convnext.check.doctor import Check
 from wds_convnext.check.rules import DATA_RULES
-from wds_convnext.cli import commands, main
 from wds_convnext.config import DoctorConfig
-from wds_convnext.errors import ShardError, UsageError
-from wds_convnext.shards.spec import Shard
-from wds_convnext.training.checkpoint import save_checkpoint
-from wds_convnext.training.distributed import Machine, World
-from wds_convnext.training.state import build_state
 
 SMALL = {"image_size": 8, "jobs": 1, "workers": 0, "epochs": 30, "warmup_epochs": 5, "lr": 0.001}
 
@@ -246,169 +226,6 @@ def test_a_schedule_that_does_not_fit_is_found(tmp_path, options, rule):
     write_split(tmp_path, "train", plain(0))
 
     assert list(found(examine(tmp_path, **options))) == ([rule] if rule else [])
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "workers", "is_found"),
-    [(10**10, 2, True), (10**8, 2, False), (10**10, 1, False)],
-)
-def test_few_large_shards_are_found(tmp_path, num_bytes, workers, is_found):
-    """Fewer than loader processes, which matters to what goes shard by shard."""
-    write_split(tmp_path, "train", plain(0))
-    case = examine(tmp_path, workers=workers)
-    train = replace(
-        case.train, dataset=replace(case.train.dataset, shards=(Shard("a.tar", 8, num_bytes),))
-    )
-
-    assert bool(list(shard_count(replace(case, splits=(train,))))) == is_found
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"device": "cpu"}, "The device is there: cpu, float32."),
-        ({"device": "cpu", "amp": "fp16"}, "--amp fp16 needs CUDA, found cpu"),
-        ({"device": "cuda:99"}, "--device cuda:99: "),
-    ],
-)
-def test_a_precision_or_device_that_is_not_there_is_found(tmp_path, options, said):
-    """A finding, not an error: the rest of the report stands."""
-    write_split(tmp_path, "train", plain(0))
-
-    (finding,) = precision(examine(tmp_path, **options))
-
-    assert finding.found.startswith(said)
-    assert finding.is_note == (options == {"device": "cpu"})
-    assert finding.is_note or finding.advice.startswith("Use ")
-
-
-def test_checkpoints_that_do_not_fit_the_disk_are_found(tmp_path):
-    """A model of a few bytes fits; ten thousand billion checkpoints do not."""
-    write_split(tmp_path, "train", plain(0))
-    options = {"model": "test_convnext", "image_size": 32, "out": str(tmp_path / "a" / "b")}
-
-    (fits,) = disk_space(examine(tmp_path, **options))
-    (finding,) = disk_space(examine(tmp_path, **options, keep=10**13))
-
-    assert fits.is_note and "There is room for 4 checkpoints" in fits.found
-    assert finding.found.startswith("10000000000002 checkpoints of 0.00 GB")
-
-
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path, ema_decay):
-    """That of the file, but for names and facts."""
-    config = DoctorConfig(model="test_convnext", image_size=32, ema_decay=ema_decay)
-    machine = Machine(World(), torch.device("cpu"), "off")
-    state, _ = build_state(config, num_classes=4, machine=machine)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    state.optimizer.step()
-    save_checkpoint(tmp_path / "a.pt", state.state_dict())
-
-    announced = checkpoint_bytes(config, num_classes=4)
-
-    assert announced == pytest.approx(os.path.getsize(tmp_path / "a.pt"), rel=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("side", "is_found"), [(2400, True), (12, False)])
-def test_a_loader_slower_than_the_step_is_found(tmp_path, side, is_found):
-    """Images that take long to decode, and a model that is done with them at once."""
-    samples = [(encode("RGB", (side, side)), i % 2) for i in range(4)]
-    write_split(tmp_path, "train", samples)
-    options = {"model": "test_convnext", "image_size": 32, "batch_size": 4, "device": "cpu"}
-
-    (finding,) = loader_rate(examine(tmp_path, **options, step=True))
-
-    assert finding.is_note != is_found
-    assert ("The device waits for data" in finding.why) == is_found
-
-
-def test_hours_count_the_pixels_of_smaller_images(tmp_path):
-    """Half of the run at half the side: 5/8 of the work, or 1/8 if --max-steps ends it there."""
-    write_split(tmp_path, "train", plain(0))
-    options = {"epochs": 32, "batch_size": 2, "image_size": 32}
-    schedule = {"image_size_schedule": "0:16,0.5:32"}
-    cases = [examine(tmp_path, **options | more) for more in ({}, schedule)]
-    num_steps = cases[0].order.num_steps(32)
-    cases += [examine(tmp_path, **options, **schedule, max_steps=num_steps // 2)]
-
-    whole, growing, small = (full_size_images(case.config, case.order) for case in cases)
-
-    assert whole == 2 * num_steps == 32 * cases[0].order.num_samples
-    assert growing == pytest.approx(5 / 8 * whole)
-    assert small == pytest.approx(1 / 8 * whole)
-
-
-def test_what_train_refuses_the_doctor_refuses(tmp_path):
-    """No such shards, no shards, shards twice, no such model, a size without a step: one line."""
-    write_split(tmp_path, "train", plain(0))
-
-    with pytest.raises(ShardError, match="no shard matches"):
-        doctor(str(tmp_path / "gone.tar"), quiet=True)
-    with pytest.raises(UsageError, match="--shards is missing"):
-        doctor(quiet=True)
-    with pytest.raises(UsageError, match="exclude each other"):
-        doctor(str(tmp_path), shards=str(tmp_path), quiet=True)
-    with pytest.raises(UsageError, match="no such model. Did you mean convnext_base"):
-        doctor(str(tmp_path), model="convnext_bsae", **SMALL, batch_size=2, quiet=True)
-    with pytest.raises(UsageError, match="no step of the run's 120 has 8 px"):
-        doctor(
-            str(tmp_path),
-            **SMALL | {"image_size": 32},
-            batch_size=2,
-            image_size_schedule="0:8,0.001:32",
-            quiet=True,
-        )
-
-
-@pytest.mark.slow
-def test_the_command_takes_the_options_of_train_and_tells_by_its_exit_code(
-    capsys, shards, tmp_path
-):
-    """Text: a line per rule that finds nothing, three for a finding. JSON says the same."""
-    args = ["--shards", str(shards / "train.json"), "--model", "test_convnext", "--lr", "0.001"]
-    args += ["--image-size", "32", "--batch-size", "4", "--workers", "0", "--jobs", "1"]
-    args += ["--device", "cpu", "--out", str(tmp_path)]
-
-    with pytest.raises(SystemExit) as text_stop:
-        main(["doctor", *args])
-    text = capsys.readouterr().out
-    with pytest.raises(SystemExit) as json_stop:
-        main(["doctor", *args, "--json"])
-    report = json.loads(capsys.readouterr().out)
-
-    assert text_stop.value.code == json_stop.value.code == 1
-    lines = text.splitlines()
-    assert lines[0].startswith("pictures: 50 train, 13 validation, 11 test; 4 classes")
-    starts = [line[:4] for line in lines[3:-2]]
-    assert starts.count("!!  ") == 1 and starts.count("    ") == 2
-    assert starts.count("ok  ") == len(DATA_RULES) + len(MACHINE_RULES) - 1
-    assert max(map(len, lines)) <= 80
-    assert report["ok"] is False
-    assert [c["rule"] for c in report["checks"] if c["findings"]] == ["image_sizes"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_variables_of_train_count_and_those_of_doctor_are_refused(monkeypatch):
-    """What train would take from the environment is looked at."""
-    monkeypatch.setenv("WDS_CONVNEXT_TRAIN_LR", "fast")
-    with pytest.raises(UsageError, match="WDS_CONVNEXT_TRAIN_LR = fast: expected a number"):
-        commands(["doctor", "data"], standalone_mode=False)
-
-    monkeypatch.setenv("WDS_CONVNEXT_TRAIN_LR", "0.1")
-    monkeypatch.setenv("WDS_CONVNEXT_DOCTOR_LR", "0.1")
-    with pytest.raises(UsageError, match="WDS_CONVNEXT_DOCTOR_LR: no option has this variable"):
-        commands(["doctor", "data"], standalone_mode=False)
-
-
-def test_torch_is_imported_after_the_rules_about_data():
-    """By the modules of these rules it is not, so a finding in the data costs no wait."""
-    code = "import sys, wds_convnext.check.doctor; print('torch' in sys.modules)"
-
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-
-    assert printed == b"False\n"
 
 
 def test_every_finding_fits_a_terminal(tmp_path):

@@ -1,5 +1,7 @@
 """Mixing as timm mixes, normalizing as torchvision normalises, and batches left as they are."""
 
+import contextlib
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -13,6 +15,7 @@ from torchvision.transforms.v2 import functional as torchvision
 from wds_convnext.rng import derive_key
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import IMAGENET_MEAN, IMAGENET_STD
+from wds_convnext.training import feed as device_module
 from wds_convnext.training.augment import MixDraw, Mixer, Normalizer
 from wds_convnext.training.feed import prefetch_to_device
 
@@ -269,3 +272,23 @@ def test_batches_pass_to_the_device_in_order():
     assert [batch.images[0, 0, 0, 0].item() for batch in passed] == [0, 1, 2, 3]
     assert [batch.bad_samples for batch in passed] == [batch.bad_samples for batch in batches]
     assert all(torch.equal(a.is_real, b.is_real) for a, b in zip(passed, batches))
+
+
+def test_on_a_gpu_a_step_waits_for_its_own_batch_and_not_for_the_next(monkeypatch):
+    """The next batch's copy is under way, but the step's stream was told to wait before it began.
+    By a stand-in for CUDA: streams that count copies."""
+    copies, waits = [], []
+    tensor = SimpleNamespace(record_stream=lambda stream: None)
+    step_stream = SimpleNamespace(wait_stream=lambda copying: waits.append(len(copies)))
+    monkeypatch.setattr(device_module, "_to", lambda batch, _: copies.append(batch) or batch)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copying")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step_stream)
+    batches = [Batch(tensor, tensor, tensor, [number]) for number in range(4)]
+
+    seen = [
+        (batch.bad_samples, len(copies), waits[-1])
+        for batch in device_module.prefetch_to_device(iter(batches), torch.device("cuda"))
+    ]
+
+    assert seen == [([0], 2, 1), ([1], 3, 2), ([2], 4, 3), ([3], 4, 4)]

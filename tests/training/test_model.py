@@ -1,4 +1,4 @@
-"""Models by name, starting weights that fit or are refused, and the average of the weights."""
+"""A model's starting weights, of whatever trainer: those that fit are taken, others refused."""
 
 import argparse
 import copy
@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wds_convnext.errors import CheckpointError, UsageError
+from wds_convnext.errors import CheckpointError
 from wds_convnext.training.checkpoint import save_checkpoint
 from wds_convnext.training.ema import WeightAverage
-from wds_convnext.training.model import check_image_size, create_model, init_from
+from wds_convnext.training.model import create_model, init_from
 
 HEAD = ["head.fc.weight", "head.fc.bias"]
 
@@ -32,61 +31,6 @@ def assert_same_weights(one: dict, other: dict, *, without=()) -> None:
     assert one.keys() == other.keys()
     for name in one.keys() - set(without):
         assert torch.equal(one[name], other[name]), name
-
-
-@pytest.mark.bits
-def test_a_model_has_the_classes_asked_for():
-    """And fresh weights that depend on torch's seed alone."""
-    images = torch.randn(2, 3, 32, 32)
-
-    logits = make(num_classes=7)(images)
-
-    assert logits.shape == (2, 7)
-    assert torch.equal(logits, make(num_classes=7)(images))
-    assert not torch.equal(logits, make(num_classes=7, seed=1)(images))
-
-
-def test_stochastic_depth_rises_to_the_rate_asked_for():
-    """Linearly over the blocks; none where the rate is 0."""
-    model = create_model("convnext_atto", num_classes=2, drop_path_rate=0.2)
-
-    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
-
-    assert rates == sorted(rates)
-    assert rates[-1] == pytest.approx(0.2)
-    assert not any(type(m).__name__ == "DropPath" for m in make().modules())
-
-
-@pytest.mark.parametrize(
-    ("name", "suggestion"),
-    [
-        ("convnext_bsae", "convnext_base"),
-        ("convnext-atto", "convnext_atto"),
-        ("resnet_50", "resnet50"),
-    ],
-)
-def test_an_unknown_model_names_the_nearest(name, suggestion):
-    """In one line, with the option that named it."""
-    with pytest.raises(UsageError) as error:
-        create_model(name, num_classes=2)
-
-    assert str(error.value).startswith(f"--model {name}: timm has no such model. Did you mean ")
-    assert suggestion in str(error.value)
-
-
-def test_a_model_without_stochastic_depth_says_so():
-    """Rather than train without what was asked for."""
-    with pytest.raises(UsageError, match="--model vgg11: does not take --drop-path-rate 0.2"):
-        create_model("vgg11", num_classes=2, drop_path_rate=0.2)
-
-
-def test_an_image_size_that_a_model_cannot_take_is_found_at_once():
-    """A vision transformer takes the one it was made for; a convolutional network is lenient."""
-    for name, size, made_for in [("test_vit", 31, 160), ("vit_tiny_patch16_224", 64, 224)]:
-        with pytest.raises(UsageError, match=f"--image-size {size}: .*Use {made_for}, which it"):
-            check_image_size(make(name), size)
-    check_image_size(make("test_vit"), 160)
-    check_image_size(make(), 64)
 
 
 def test_the_same_head_is_loaded_whole(tmp_path):
@@ -390,93 +334,3 @@ def test_a_list_or_a_missing_file_is_refused(tmp_path):
         init_from(make(), str(tmp_path / "list.pt"))
     with pytest.raises(CheckpointError, match="gone.pt: no such file. Give a timm state dict."):
         init_from(make(), str(tmp_path / "gone.pt"))
-
-
-def tiny_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-
-
-def step_away(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-def test_the_average_follows_its_formula(decay):
-    """average = decay * average + (1 - decay) * weights, from the first weights on; in float64."""
-    model = tiny_model()
-    average = WeightAverage(model, decay=decay)
-    expected = {k: v.detach().double() for k, v in model.named_parameters()}
-
-    for _ in range(20):
-        step_away(model)
-        average.update(frozen=torch.tensor(False))
-        for name, parameter in model.named_parameters():
-            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-
-    assert average.state_dict().keys() == expected.keys()
-    for name, value in average.state_dict().items():
-        # 20 steps, each rounding numbers below 16 to float32.
-        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=20 * 2**-20)
-
-
-@pytest.mark.bits
-def test_a_frozen_average_stays_to_the_bit():
-    """From the step on whose loss was not finite nothing changes."""
-    model = tiny_model()
-    average = WeightAverage(model, decay=0.9)
-    before = copy.deepcopy(average.state_dict())
-    step_away(model)
-
-    average.update(frozen=torch.tensor(True))
-
-    assert_same_weights(average.state_dict(), before)
-
-
-def test_an_update_reads_nothing_from_the_device():
-    """A read of `frozen` would make the host wait in every step."""
-    with FakeTensorMode():
-        model = nn.Linear(3, 4)
-        average = WeightAverage(model, decay=0.9)
-        frozen = torch.zeros((), dtype=torch.bool)
-
-        average.update(frozen=frozen)
-
-        assert average.state_dict()["weight"].shape == (4, 3)
-
-
-@pytest.mark.bits
-def test_applied_computes_with_the_average_and_puts_the_weights_back():
-    """Both to the bit, also after an error; buffers stay the model's."""
-    model = tiny_model()
-    average = WeightAverage(model, decay=0.9)
-    step_away(model)
-    weights = copy.deepcopy(model.state_dict())
-    averaged = copy.deepcopy(average.state_dict())
-
-    with pytest.raises(KeyError), average.applied():
-        inside = copy.deepcopy(model.state_dict())
-        raise KeyError
-
-    assert_same_weights(inside, weights | averaged)
-    assert_same_weights(model.state_dict(), weights)
-    assert_same_weights(average.state_dict(), averaged)
-    assert not torch.equal(averaged["0.weight"], weights["0.weight"])
-
-
-@pytest.mark.bits
-def test_an_average_is_restored_from_its_state():
-    """Another one of the same model goes on as if it were the first."""
-    model = tiny_model()
-    average = WeightAverage(model, decay=0.9)
-    step_away(model)
-    average.update(frozen=torch.tensor(False))
-    restored = WeightAverage(model, decay=0.9)
-
-    restored.load_state_dict(copy.deepcopy(average.state_dict()))
-    for each in (average, restored):
-        each.update(frozen=torch.tensor(False))
-
-    assert_same_weights(restored.state_dict(), average.state_dict())

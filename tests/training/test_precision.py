@@ -2,18 +2,25 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import NO_MIXING, tiny_config
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
+from wds_convnext.conversion import convert
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.model import create_model
 
+TOOLS = Path(__file__).parents[2] / "tools"
 NUM_CLASSES = 4
 
 
@@ -144,3 +151,32 @@ def test_a_copy_computes_with_its_own_weights(copied):
 
     assert not torch.allclose(placed(images), expected)
     assert torch.equal(clone(images), expected)
+
+
+@pytest.mark.slow
+def test_a_stream_in_half_precision_moves_the_loss_no_more_than_rounding_does(
+    tmp_path, monkeypatch, one_thread
+):
+    """100 steps on handwritten digits under autocast to bf16, beside plain timm's. The yardstick
+    is plain timm with each starting weight one unit in its last place off: measured were 0.0015
+    for ours, 0.0016 for that, 0.007 for a stream in float8, 0.06 for another seed."""
+    monkeypatch.syspath_prepend(TOOLS / "bench")
+    import bench_precision
+
+    subprocess.run([sys.executable, TOOLS / "make_sample.py", tmp_path / "digits"], check=True)
+    convert(str(tmp_path / "digits"), out=str(tmp_path / "shards"), jobs=1, quiet=True)
+    dataset = open_dataset(str(tmp_path / "shards" / "train.json"))
+    size = {"image_size": 32, "batch_size": 16}
+    batches = bench_precision.first_batches(dataset, **size, steps=100)
+    config = tiny_config(lr=2e-3, **size, **NO_MIXING)
+
+    plain, ours, nudged = (
+        bench_precision.losses_of(config, batches, dataset.num_classes, **options)
+        for options in ({}, {"is_timms": False}, {"change": bench_precision.nudge})
+    )
+
+    by_stream = bench_precision.compare(ours, plain)
+    by_rounding = bench_precision.compare(nudged, plain)
+    assert plain[0] - plain[-1] > 0.1
+    assert 0 < by_stream["distance"] < 3 * by_rounding["distance"]
+    assert abs(by_stream["shift"]) < by_rounding["distance"]

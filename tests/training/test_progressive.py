@@ -1,7 +1,7 @@
 """--image-size-schedule: what it refuses, and that a rehearsal of its sizes changes nothing.
 
 That a resumed run is the uninterrupted one stands in test_resume, whose run has a schedule, that
-all sizes are compiled before the first step in test_train, and what each step gets in test_sizes.
+all sizes are compiled before the first step in test_compiler; what each step gets, in test_sizes.
 """
 
 import numpy as np

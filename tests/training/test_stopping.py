@@ -9,7 +9,6 @@ import time
 from contextlib import contextmanager
 
 import pytest
-import torch
 from conftest import HANG_S, TINY_RUN, run, train_command, wait_until, write_parquet
 from test_cli import call
 from test_distributed import two_ranks
@@ -20,16 +19,10 @@ from wds_convnext.conversion import convert
 from wds_convnext.training.checkpoint import load_checkpoint
 from wds_convnext.training.stopping import StopRequest
 
+# As in the processes that runs here are compared with: more add in another order.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = {"--epochs": 2, "--val-every": 1, "--save-every": 1000, "--ema-decay": 0.9, "--log-every": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that runs here are compared with: more add in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
