@@ -88,27 +88,33 @@ def test_on_a_cpu_depthwise_convolutions_compute_in_float32_under_autocast(
     assert all(parameter.grad is not None for parameter in placed.parameters())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(
-    batch=st.integers(1, 9),
-    height=st.integers(1, 12),
+    batch=st.integers(31, 40),
+    channels=st.sampled_from([(127, 128), (128, 127), (128, 128), (136, 129)]),
+    height=st.integers(1, 9),
     width=st.integers(1, 12),
     kernel=st.sampled_from([(1, 1), (1, 3), (3, 1), (3, 3), (5, 3)]),
     bias=st.booleans(),
+    frozen=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_gradients_over_rows_of_images_are_those_of_each_image(
-    batch, height, width, kernel, bias, seed
+    batch, channels, height, width, kernel, bias, frozen, seed
 ):
-    """Bit for bit, where nothing is rounded before the end: whole numbers, sums below 2**24."""
+    """Bit for bit, where nothing is rounded before the end: whole numbers, sums below 2**24.
+
+    Of small maps, many images and many channels; a gradient of anything else is torch's.
+    """
     torch.manual_seed(seed)
     padding = tuple(side // 2 for side in kernel)
-    plain = nn.Conv2d(3, 4, kernel, padding=padding, bias=bias)
+    plain = nn.Conv2d(*channels, kernel, padding=padding, bias=bias)
+    plain.weight.requires_grad_(not frozen)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(torch.randint(-2, 3, parameter.shape))
     ours = Machine(World(), torch.device("cpu"), "bf16").place(copy.deepcopy(plain))
-    images = torch.randint(-2, 3, (batch, 3, height, width)).float()
+    images = torch.randint(-2, 3, (batch, channels[0], height, width)).float()
     inputs, outputs = [], []
     for conv in (ours, plain):
         inputs.append(images.clone().requires_grad_())
@@ -118,10 +124,12 @@ def test_gradients_over_rows_of_images_are_those_of_each_image(
     for output in outputs:
         output.backward(gradient)
 
+    of_rows = batch >= 32 and min(channels) >= 128 and width <= 10 and kernel != (1, 1)
+    assert ("SummedOverRows" in outputs[0].grad_fn.name()) == of_rows
     assert torch.equal(*outputs) and outputs[0].dtype == outputs[1].dtype == torch.bfloat16
     assert torch.equal(inputs[0].grad, inputs[1].grad)
     for one, of_torch in zip(ours.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one.grad, of_torch.grad)
+        assert one.grad is of_torch.grad is None or torch.equal(one.grad, of_torch.grad)
 
 
 @pytest.mark.parametrize("device, amp", [("cpu", "off"), ("meta", "bf16")])
@@ -131,8 +139,19 @@ def test_elsewhere_and_in_float32_a_model_is_placed_as_it_is(device, amp):
     placed = Machine(World(), torch.device(device), amp).place(model)
 
     assert placed is model
-    assert not any("forward" in vars(module) for module in placed.modules())
     assert {p.device.type for p in placed.parameters()} == {device}
+    assert not any("forward" in vars(module) for module in placed.modules())
+
+
+def test_a_model_may_be_placed_twice():
+    machine = Machine(World(), torch.device("cpu"), "bf16")
+    torch.manual_seed(0)
+    model = create_model("thumbnet", num_classes=NUM_CLASSES).eval()
+    images = torch.randn(32, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        once = machine.place(model)(images)
+
+        assert torch.equal(machine.place(model)(images), once)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -142,7 +161,7 @@ def test_a_copy_computes_with_its_own_weights(name, args, copied):
     torch.manual_seed(0)
     model = create_model(name, num_classes=NUM_CLASSES, model_args=args).eval()
     placed = Machine(World(), torch.device("cpu"), "bf16").place(model)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(32, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         expected = placed(images)
     clone = copied(placed)

@@ -84,10 +84,10 @@ def losses_of(
 ) -> list[float]:
     """The losses of one run over the batches."""
     machine = Machine(World(), torch.device("cpu"), amp)
-    # The CPU stands for a GPU, where depthwise convolutions are in bf16, too.
+    # The CPU stands for a GPU, where convolutions are torch's.
     with ExitStack() as patched:
         where = "wds_convnext.training."
-        patched.enter_context(patch(where + "distributed.keep_depthwise_in_float32"))
+        patched.enter_context(patch(where + "distributed.fit_convolutions_to_a_cpu"))
         if is_timms:
             patched.enter_context(patch(where + "model.create_model", timms_model))
         state, _ = build_state(config, num_classes=num_classes, machine=machine)

@@ -111,7 +111,7 @@ class Facts:
             then, now = getattr(self, part), getattr(other, part)
             if part in ("preprocessing", "data", "environment", "config"):
                 then, now = _plain(then), _plain(now)
-                if part == "environment":  # what they were before they had a name
+                if part == "environment" and "amp" in then:  # they were, before they had a name
                     then = {"convolutions": TORCHS_CONVOLUTIONS, **then}
                 for name in (name for name in then if name in now):
                     if then[name] != now[name]:

@@ -22,8 +22,7 @@ from wds_convnext.training.compiler import require_compiler, require_cuda_graphs
 from wds_convnext.training.precision import (
     CPU_CONVOLUTIONS,
     TORCHS_CONVOLUTIONS,
-    keep_depthwise_in_float32,
-    sum_over_rows_of_images,
+    fit_convolutions_to_a_cpu,
 )
 
 Item = TypeVar("Item")
@@ -96,16 +95,18 @@ class Machine:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model, moved to the device and made ready for its precision there."""
-        if self.convolutions == CPU_CONVOLUTIONS:
-            keep_depthwise_in_float32(model)
-            sum_over_rows_of_images(model)
+        if self._is_half_on_cpu:
+            fit_convolutions_to_a_cpu(model)
         return model.to(self.device)
 
     @property
     def convolutions(self) -> str:
-        """How convolutions are computed."""
-        half_on_a_cpu = self.device.type == "cpu" and self.amp != "off"
-        return CPU_CONVOLUTIONS if half_on_a_cpu else TORCHS_CONVOLUTIONS
+        """How they are computed, as a fact of a run."""
+        return CPU_CONVOLUTIONS if self._is_half_on_cpu else TORCHS_CONVOLUTIONS
+
+    @property
+    def _is_half_on_cpu(self) -> bool:
+        return self.device.type == "cpu" and self.amp != "off"
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager]:

@@ -9,7 +9,7 @@ from wds_convnext.storage.layout import checking_while_waiting
 from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.stream import Batch, ShardStream, Stream
 from wds_convnext.stream.workers import num_workers
-from wds_convnext.training.allocator import keep_freed_memory
+from wds_convnext.training.allocator import give_back_freed_memory, keep_freed_memory
 from wds_convnext.training.distributed import Machine
 from wds_convnext.training.remote import Pace
 from wds_convnext.training.stopping import StopVote
@@ -40,6 +40,8 @@ def loading(
         if pace:
             pace.wait()
 
+    if workers and machine.device.type == "cpu":
+        give_back_freed_memory()
     batches = make_loader(
         stream,
         workers=workers,

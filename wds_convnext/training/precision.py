@@ -11,8 +11,10 @@ from torch import nn
 # How convolutions are computed, a fact of each run: torch's way, or ours under autocast on a CPU.
 TORCHS_CONVOLUTIONS = "torch's"
 CPU_CONVOLUTIONS = "depthwise in float32, weight gradients over rows of images"
-_SMALL = 10  # pixels of a map's width; at 12 wider rows gain a seventh, at 14 they lose
-_WIDE = 64  # pixels of a row of maps; 32: as fast, for maps of 3 a third slower
+
+# Where rows of images are faster: maps up to so wide, at least so many, of as many channels.
+_SMALL, _BATCH, _CHANNELS = 10, 32, 128
+_WIDE = 64  # pixels of such a row; with 32 maps of 7 are as fast, maps of 3 slower by a third
 
 
 def hand_on_half_precision(model: nn.Module) -> None:
@@ -38,17 +40,26 @@ def _to_autocast_dtype(block: nn.Module, args: tuple, output: torch.Tensor) -> t
     return output
 
 
-def keep_depthwise_in_float32(model: nn.Module) -> None:
-    """Have depthwise convolutions compute in float32 under autocast on a CPU.
+def fit_convolutions_to_a_cpu(model: nn.Module) -> None:
+    """Have convolutions compute, under autocast, as is faster on a CPU with AMX.
 
-    oneDNN's matrix products and dense convolutions gain from bfloat16, its depthwise ones lose
-    more: a step of convnext_atto was slower than in float32 (docs/benchmarks.md, "Half precision
-    on a CPU").
+    Depthwise ones in float32: oneDNN's matrix products and dense convolutions gain from bfloat16,
+    its depthwise ones lose more, so that a step of convnext_atto was slower than in float32.
+
+    Dense ones of small maps find the gradients of their weights with images laid side by side:
+    oneDNN sums these along one row of a map at a time, and of a tile of AMX, 32 places, a row of 7
+    or 3 fills a fifth or a tenth. What is summed stays the same.
+
+    Times: docs/benchmarks.md, "Half precision on a CPU". Without AMX they were not taken.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
-            # A partial of the bound method is copied and pickled with its module.
+        if not isinstance(module, nn.Conv2d) or "forward" in vars(module):
+            continue
+        # A partial of the bound method is copied and pickled with its module.
+        if 1 < module.groups == module.in_channels:
             module.forward = partial(_in_float32, module.forward)  # type: ignore[method-assign]
+        elif type(module) is nn.Conv2d and _keeps_size(module):
+            module.forward = partial(_by_rows, module, module.forward)  # type: ignore[method-assign]
 
 
 def _in_float32(
@@ -56,18 +67,6 @@ def _in_float32(
 ) -> torch.Tensor:
     with torch.autocast("cpu", enabled=False):
         return forward(maps.float())
-
-
-def sum_over_rows_of_images(model: nn.Module) -> None:
-    """Have dense convolutions find their weights' gradients on images side by side, if small.
-
-    For autocast on a CPU. oneDNN sums these gradients along one row of a map at a time, and of a
-    tile of AMX, 32 places, a row of 7 or 3 fills a fifth or a tenth (docs/benchmarks.md, "Half
-    precision on a CPU"). What is summed stays the same.
-    """
-    for module in model.modules():
-        if type(module) is nn.Conv2d and _keeps_size(module):
-            module.forward = partial(_small_or_not, module.forward)  # type: ignore[method-assign]
 
 
 def _keeps_size(conv: nn.Conv2d) -> bool:
@@ -81,11 +80,16 @@ def _keeps_size(conv: nn.Conv2d) -> bool:
     )
 
 
-def _small_or_not(
-    forward: Callable[[torch.Tensor], torch.Tensor], maps: torch.Tensor
+def _by_rows(
+    conv: nn.Conv2d, forward: Callable[[torch.Tensor], torch.Tensor], maps: torch.Tensor
 ) -> torch.Tensor:
-    conv: nn.Conv2d = forward.__self__  # type: ignore[attr-defined]  # a copy's is the copied one
-    if maps.shape[-1] > _SMALL or not torch.is_autocast_enabled("cpu"):
+    is_faster = (
+        maps.dim() == 4
+        and maps.shape[-1] <= _SMALL
+        and len(maps) >= _BATCH
+        and min(conv.in_channels, conv.out_channels) >= _CHANNELS
+    )
+    if not is_faster or not torch.is_autocast_enabled("cpu"):
         return forward(maps)
     dtype = torch.get_autocast_dtype("cpu")
     bias = None if conv.bias is None else conv.bias.to(dtype)
@@ -117,8 +121,10 @@ class _SummedOverRows(torch.autograd.Function):
             groups=1,
         )
         first = backward(gradient, maps, weight, output_mask=[of_maps, False, of_bias])
+        if not of_weight:
+            return first[0], None, first[2]
         rows = [_side_by_side(tensor, weight.shape[-1] // 2) for tensor in (gradient, maps)]
-        second = backward(*rows, weight, output_mask=[False, of_weight, False])
+        second = backward(*rows, weight, output_mask=[False, True, False])
         return first[0], second[1], first[2]
 
 
@@ -128,6 +134,6 @@ def _padding(weight: torch.Tensor) -> list[int]:
 
 def _side_by_side(maps: torch.Tensor, gap: int) -> torch.Tensor:
     """Maps (B, C, H, W) as fewer and wider ones, channels last, with zeros right of each map."""
-    count = _WIDE // (maps.shape[-1] + gap)
+    count = max(1, _WIDE // (maps.shape[-1] + gap))
     maps = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, gap, 0, 0, 0, -len(maps) % count))
     return maps.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
