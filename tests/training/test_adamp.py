@@ -14,7 +14,7 @@ from timm.optim import adamp as timm_adamp
 from timm.optim import param_groups_weight_decay
 from torch.utils._pytree import tree_leaves
 
-from wds_convnext.training import adamp as optim
+from wds_convnext.training import adamp
 from wds_convnext.training.adamp import AdamP, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,12 +96,12 @@ def is_unchanged(optimizer, before):
 
 
 @pytest.fixture(
-    params=[optim.HOST_DEVICES, ()], ids=["as on a CPU", "as elsewhere"], scope="module"
+    params=[adamp.HOST_DEVICES, ()], ids=["as on a CPU", "as elsewhere"], scope="module"
 )
 def either_way(request):
     """The step that reads values on the host, and the one that reads nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim, "HOST_DEVICES", request.param)
+        patch.setattr(adamp, "HOST_DEVICES", request.param)
         yield
 
 

@@ -5,7 +5,7 @@ import torch
 from test_adamp import GRADIENTS, SHAPES, assert_same_bits, clones, random_params, train
 from timm.optim import AdamP as TimmAdamP
 
-from wds_convnext.training import adamp as optim
+from wds_convnext.training import adamp
 from wds_convnext.training.adamp import AdamP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("limit", [1, 100, 2**30])
 def test_the_size_of_stacks_changes_no_bit(limit, monkeypatch):
     """Tensors of one shape may be updated one by one, a few, or all at a time."""
-    monkeypatch.setattr(optim, "MAX_STACK", {"cpu": limit})
-    monkeypatch.setattr(optim, "HOST_DEVICES", ())
+    monkeypatch.setattr(adamp, "MAX_STACK", {"cpu": limit})
+    monkeypatch.setattr(adamp, "HOST_DEVICES", ())
     params = random_params([(3, 5)] * 9 + [(7,)] * 9)
     ours = AdamP(params, weight_decay=0.05)
     timms = TimmAdamP(clones(params), weight_decay=0.05)

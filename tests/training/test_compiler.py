@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from wds_convnext.errors import TrainingError
-from wds_convnext.training import loop as train_module
+from wds_convnext.training import loop
 from wds_convnext.training.checkpoint import load_checkpoint
 from wds_convnext.training.compiler import compile_model
 from wds_convnext.training.model import create_model
@@ -41,7 +41,7 @@ def test_each_image_size_is_compiled_once_before_the_first_step(
         graphs.append(counter.frame_count)
         return loss
 
-    monkeypatch.setattr(train_module, "train_step", recorded)
+    monkeypatch.setattr(loop, "train_step", recorded)
     lasting = {"epochs": 2, "val_every": 1, "ema_decay": 0.9}
     sizes = {"image_size": 48, "image_size_schedule": "0:32,0.5:48"}
     train(run_config(shards, tmp_path, compile=True, amp="bf16", **sizes, **lasting))

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from test_model import make
+from test_starting_weights import make
 
 from wds_convnext.errors import UsageError
 from wds_convnext.training.model import check_image_size, create_model

@@ -1,4 +1,4 @@
-"""Mixing as timm mixes, normalizing as torchvision normalises, and batches left as they are."""
+"""Batches on the device: mixed as timm mixes, normalized as torchvision does, copied in order."""
 
 import contextlib
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as torchvision
 from wds_convnext.rng import derive_key
 from wds_convnext.stream.stream import Batch
 from wds_convnext.stream.transforms import IMAGENET_MEAN, IMAGENET_STD
-from wds_convnext.training import feed as device_module
+from wds_convnext.training import feed
 from wds_convnext.training.augment import MixDraw, Mixer, Normalizer
 from wds_convnext.training.feed import prefetch_to_device
 
@@ -280,7 +280,7 @@ def test_on_a_gpu_a_step_waits_for_its_own_batch_and_not_for_the_next(monkeypatc
     copies, waits = [], []
     tensor = SimpleNamespace(record_stream=lambda stream: None)
     step_stream = SimpleNamespace(wait_stream=lambda copying: waits.append(len(copies)))
-    monkeypatch.setattr(device_module, "_to", lambda batch, _: copies.append(batch) or batch)
+    monkeypatch.setattr(feed, "_to", lambda batch, _: copies.append(batch) or batch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copying")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: step_stream)
@@ -288,7 +288,7 @@ def test_on_a_gpu_a_step_waits_for_its_own_batch_and_not_for_the_next(monkeypatc
 
     seen = [
         (batch.bad_samples, len(copies), waits[-1])
-        for batch in device_module.prefetch_to_device(iter(batches), torch.device("cuda"))
+        for batch in feed.prefetch_to_device(iter(batches), torch.device("cuda"))
     ]
 
     assert seen == [([0], 2, 1), ([1], 3, 2), ([2], 4, 3), ([3], 4, 4)]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_model import assert_same_weights
+from test_starting_weights import assert_same_weights
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wds_convnext.stream.stream import Batch
-from wds_convnext.training import loop as train_module
+from wds_convnext.training import loop
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.step import train_step
 from wds_convnext.training.train import train
@@ -123,7 +123,7 @@ def test_between_log_lines_a_run_reads_nothing(shards, tmp_path, monkeypatch):
         reads_before_step.append(reads.num_reads + copies.num_copies)
         return train_step(state, batches, **how)
 
-    monkeypatch.setattr(train_module, "train_step", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
     with reads, copies:
         train(run_config(shards, tmp_path, log_every=4, save_every=10, ema_decay=0.9))
 

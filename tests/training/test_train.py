@@ -17,7 +17,7 @@ from wds_convnext.shards.opening import open_dataset
 from wds_convnext.stream.order import TrainOrder
 from wds_convnext.stream.stream import Batch, ShardStream
 from wds_convnext.stream.transforms import Preprocessing, TrainTransform
-from wds_convnext.training import loop as train_module
+from wds_convnext.training import loop
 from wds_convnext.training.adamp import parameter_groups
 from wds_convnext.training.checkpoint import load_checkpoint
 from wds_convnext.training.compare import evaluate_checkpoint
@@ -221,7 +221,7 @@ def test_every_step_uses_the_learning_rate_of_the_formula(shards, tmp_path, monk
         used.append(state.optimizer.param_groups[1]["lr"].item())
         return loss
 
-    monkeypatch.setattr(train_module, "train_step", recorded)
+    monkeypatch.setattr(loop, "train_step", recorded)
     train(run_config(shards, tmp_path, lr=1e-2, min_lr=1e-5, warmup_lr=1e-4))
 
     expected = [

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python tools/bench/bench_convolutions.py convnext_atto --image-size 64
     OMP_NUM_THREADS=1 python tools/bench/bench_convolutions.py thumbnet --batch-size 256
 
-Ours keeps depthwise convolutions in float32, and finds the weights' gradients of small maps on
-rows of images. Forward and backward pass of random images, without
-optimizer; images per CPU second, each variant once per round, forth and back, ratios taken round
-by round.
+Ours keeps depthwise convolutions in float32, and finds the weights' gradients of small maps with
+images side by side. Forward and backward pass of random images, without optimizer; images per CPU
+second, each variant once per round, in one order and in the other, ratios taken round by round.
+Memory is kept between steps, in huge pages, as in a run; after `ulimit -v 500000000`, in small ones.
 """
 
 import time
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from spread import spread
 
+from wds_convnext.training.allocator import keep_freed_memory
 from wds_convnext.training.distributed import Machine, World
 from wds_convnext.training.model import create_model
 
@@ -30,6 +31,7 @@ from wds_convnext.training.model import create_model
 def main(
     model: str, model_arg: tuple[str, ...], image_size: int, batch_size: int, rounds: int
 ) -> None:
+    keep_freed_memory()
     images = torch.randn(batch_size, 3, image_size, image_size)
     images = images.contiguous(memory_format=torch.channels_last)
     variants = {  # precision, and whether convolutions are ours

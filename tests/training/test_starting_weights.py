@@ -238,7 +238,10 @@ class Options:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"model": {}, "cfg": Options()}, "it holds test_model.Options, which could run code"),
+        (
+            {"model": {}, "cfg": Options()},
+            f"it holds {__name__}.Options, which could run code",
+        ),
         ({"model": {}, "when": time.gmtime()}, "it holds time.struct_time, which could run code"),
     ],
 )
