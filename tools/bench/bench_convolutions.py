@@ -6,7 +6,7 @@
 Ours keeps depthwise convolutions in float32, and finds the weights' gradients of small maps with
 images side by side. Forward and backward pass of random images, without optimizer; images per CPU
 second, each variant once per round, in one order and in the other, ratios taken round by round.
-Memory is kept between steps, in huge pages, as in a run; after `ulimit -v 500000000`, in small ones.
+Memory is kept between steps in huge pages, as in a run; after `ulimit -v 500000000` in small ones.
 """
 
 import time
