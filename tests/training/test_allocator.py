@@ -6,6 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from wds_convnext.shards.opening import open_dataset
+from wds_convnext.stream import loader
+from wds_convnext.stream.order import EvalOrder
+from wds_convnext.stream.stream import ShardStream
+from wds_convnext.stream.transforms import EvalTransform
+from wds_convnext.training import feed
+from wds_convnext.training.distributed import Machine, World
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
@@ -31,7 +40,8 @@ def resident():
 
 mapped = faults()
 keep_freed_memory()
-faults()
+for _ in range(16):
+    faults()
 print(mapped > 10 * faults())
 kept = resident()
 give_back_freed_memory()
@@ -63,3 +73,33 @@ print(advised(torch.ones(2**24)))
 """
 
     assert printed_by(code) == "False\nFalse\nTrue\n"
+
+
+@pytest.mark.parametrize(
+    ("workers", "order"),
+    [(1, ["give back", "load", "keep"]), (0, ["load", "keep"])],
+)
+def test_memory_is_given_back_before_workers_are_forked_and_kept_after(
+    monkeypatch, shards, workers, order
+):
+    events = []
+
+    def make_loader(*args, **options):
+        for batch in loader.make_loader(*args, **options):
+            if "load" not in events:
+                events.append("load")
+            yield batch
+
+    monkeypatch.setattr(feed, "give_back_freed_memory", lambda: events.append("give back"))
+    monkeypatch.setattr(feed, "keep_freed_memory", lambda: events.append("keep"))
+    monkeypatch.setattr(feed, "make_loader", make_loader)
+    dataset = open_dataset(str(shards / "train.json"))
+    stream = ShardStream(
+        dataset, EvalOrder(dataset.sizes), batch_size=8, transform=EvalTransform(32)
+    )
+    machine = Machine(World(), torch.device("cpu"), "off")
+
+    with feed.loading(stream, workers, machine) as batches:
+        assert len(list(batches)) > 1
+
+    assert events == order

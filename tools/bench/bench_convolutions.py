@@ -1,4 +1,4 @@
-"""A training step on a CPU in float32, in torch's bf16, and in bf16 as ours.
+"""A training step on a CPU in float32, and in bf16 with torch's convolutions and with ours.
 
     OMP_NUM_THREADS=1 python tools/bench/bench_convolutions.py convnext_atto --image-size 64
     OMP_NUM_THREADS=1 python tools/bench/bench_convolutions.py thumbnet --batch-size 256
@@ -36,7 +36,7 @@ def main(
     images = images.contiguous(memory_format=torch.channels_last)
     variants = {  # precision, and whether convolutions are ours
         "float32": ("off", False),
-        "torch's bf16": ("bf16", False),
+        "bf16, torch's convolutions": ("bf16", False),
         "ours": ("bf16", True),
     }
     steps = {name: build_step(model, model_arg, images, *how) for name, how in variants.items()}

@@ -2,11 +2,12 @@
 
 import ctypes
 import mmap
+import os
 import resource
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-_RESERVED = 2**32  # bytes of address space
+_PAD = 2**26  # bytes by which the heap grows at least
 
 
 def keep_freed_memory() -> None:
@@ -14,22 +15,24 @@ def keep_freed_memory() -> None:
 
     Large tensors come from `mmap` otherwise, and each of their pages faults in again each time.
     Pages of 4 KB are more than the TLB holds, and in a virtual machine a miss costs most
-    (docs/benchmarks.md, "Huge pages on a CPU"). What is kept is the most that was in use at once.
-    Huge pages are asked for the next 4 GB of the heap, of which address space is taken at once
-    and memory as it is used; where address space is limited (`ulimit -v`), pages stay small.
-    Elsewhere than with glibc this does nothing.
+    (docs/benchmarks.md, "Huge pages on a CPU"). A process keeps what it had at most, and more
+    where the heap is in pieces.
+
+    Huge pages are asked for the next 4 GB of the heap, at most half of the machine's memory. That
+    is address space, taken at once, and memory as it is used. Where so much is refused, or address
+    space is limited (`ulimit -v`), pages stay small. With another allocator this does nothing.
     """
     if (libc := _glibc()) is None:
         return
-    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**26)):
+    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, _PAD)):
         libc.mallopt(parameter, value)
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    size = min(2**32, os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2)
+    if not _is_free(size):
         return
     libc.malloc.restype = ctypes.c_void_p
-    # The end of the heap, which stays there when it is freed; NULL if it is refused.
-    if block := libc.malloc(ctypes.c_size_t(_RESERVED)):
+    if block := libc.malloc(ctypes.c_size_t(size)):  # the end of the heap, also when it is freed
         start = block + -block % mmap.PAGESIZE
-        size = (block + _RESERVED - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        size = (block + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
         # A kernel without huge pages refuses: then pages are small, as before.
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
         libc.free(ctypes.c_void_p(block))
@@ -44,6 +47,24 @@ def give_back_freed_memory() -> None:
         libc.malloc_trim(ctypes.c_size_t(0))
 
 
+def _is_free(size: int) -> bool:
+    """Whether there is address space for so many bytes; `malloc` refused moves to another heap."""
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return False
+    try:
+        mmap.mmap(-1, size + 2 * _PAD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        return False
+    return True
+
+
 def _glibc() -> ctypes.CDLL | None:
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    """The C library, if it is glibc and no other allocator was preloaded."""
+    if sys.platform != "linux":
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # musl
+        return None
+    ours, used = (ctypes.cast(lib.malloc, ctypes.c_void_p) for lib in (libc, ctypes.CDLL(None)))
+    return libc if ours.value == used.value and hasattr(libc, "mallopt") else None

@@ -111,7 +111,8 @@ class Facts:
             then, now = getattr(self, part), getattr(other, part)
             if part in ("preprocessing", "data", "environment", "config"):
                 then, now = _plain(then), _plain(now)
-                if part == "environment" and "amp" in then:  # they were, before they had a name
+                # Runs from before this fact was noted had torch's convolutions.
+                if part == "environment" and "amp" in then:
                     then = {"convolutions": TORCHS_CONVOLUTIONS, **then}
                 for name in (name for name in then if name in now):
                     if then[name] != now[name]:

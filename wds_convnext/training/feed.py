@@ -62,7 +62,7 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
     if device.type != "cuda":
         for number, batch in enumerate(batches):
             if number == 0 and device.type == "cpu":
-                keep_freed_memory()  # now: the workers are forked, and give theirs back
+                keep_freed_memory()  # now: the first loader's workers are forked, and keep nothing
             yield _to(batch, device)
         return
     copying = torch.cuda.Stream(device)

@@ -14,7 +14,7 @@ CPU_CONVOLUTIONS = "depthwise in float32, weight gradients over rows of images"
 
 # Where rows of images are faster: maps up to so wide, at least so many images and channels.
 _SMALL, _BATCH, _CHANNELS = 10, 32, 128
-_WIDE = 64  # pixels of such a row; with 32 maps of 7 are as fast, maps of 3 slower by a third
+_WIDE = 64  # pixels of such a row; of 32: as fast for maps 7 wide, a third slower for 3
 
 
 def hand_on_half_precision(model: nn.Module) -> None:
@@ -47,10 +47,11 @@ def fit_convolutions_to_a_cpu(model: nn.Module) -> None:
     its depthwise ones lose more, so that a step of convnext_atto was slower than in float32.
 
     Dense ones of small maps find the gradients of their weights with images laid side by side:
-    oneDNN sums these along one row of a map at a time, and of a tile of AMX, 32 places, a row of 7
-    or 3 fills a fifth or a tenth. What is summed stays the same.
+    oneDNN sums these along one row of a map at a time. A tile of AMX sums 32 pixels at once, of
+    which a row of 7 fills a fifth, one of 3 a tenth. What is summed stays the same.
 
-    Times: docs/benchmarks.md, "Half precision on a CPU". Without AMX they were not taken.
+    Times: docs/benchmarks.md, "Half precision on a CPU". Without AMX the second takes longer by up
+    to a tenth; the first was not measured there.
     """
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or "forward" in vars(module):
@@ -116,12 +117,14 @@ class _SummedOverRows(torch.autograd.Function):
             output_padding=[0, 0],
             groups=1,
         )
-        first = backward(gradient, maps, weight, output_mask=[of_maps, False, of_bias])
+        # Of the bias's gradient oneDNN makes that of the weights, too, so it is asked for once.
+        mask = [of_maps, False, of_bias and not of_weight]
+        first = backward(gradient, maps, weight, output_mask=mask)
         if not of_weight:
             return first[0], None, first[2]
         rows = [_side_by_side(tensor, weight.shape[-1] // 2) for tensor in (gradient, maps)]
-        second = backward(*rows, weight, output_mask=[False, True, False])
-        return first[0], second[1], first[2]
+        second = backward(*rows, weight, output_mask=[False, True, of_bias])
+        return first[0], second[1], second[2]
 
 
 def _padding(weight: torch.Tensor) -> list[int]:
