@@ -1,10 +1,13 @@
 """Streams of small uneven shards, and what the tests of the loader and the stream do with them."""
 
 import multiprocessing
+from pathlib import Path
 
 import torch
+from conftest import write_shards
 
 from wds_convnext.shards.dataset import Dataset
+from wds_convnext.shards.opening import open_dataset
 from wds_convnext.shards.reader import SampleReader
 from wds_convnext.stream.loader import make_loader
 from wds_convnext.stream.order import EvalOrder, TrainOrder
@@ -73,3 +76,15 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 def workers_of_this_process() -> list[multiprocessing.Process]:
     return sorted(multiprocessing.active_children(), key=lambda process: process.pid)
+
+
+def write_damaged(folder: Path) -> Dataset:
+    """Shards of SIZES whose samples 2, 3 and 20 do not decode."""
+    return damage_images(open_dataset(str(write_shards(folder, SIZES))), [(0, 2), (0, 3), (3, 0)])
+
+
+def concatenated(batches: list[Batch]) -> Batch:
+    return Batch(
+        *(torch.cat(tensors) for tensors in list(zip(*batches))[:3]),
+        [bad for batch in batches for bad in batch.bad_samples],
+    )
